@@ -17,7 +17,7 @@ LONGEST_REPLY = 40  # words, with its aside
 
 _REPLY = re.compile(r"(?:[a-z]+(?:['-][a-z]+)*'?[.,?]? )*[a-z]+(?:['-][a-z]+)*[.?]")
 # Doubled words that are right now and then.
-_MAY_DOUBLE = {"that", "had", "very", "so", "blub", "bye", "no", "ha", "glub", "tap", "round", "swim", "nom", "la", "hum"}
+_MAY_DOUBLE = {"hi", "hello", "that", "had", "very", "so", "blub", "bye", "no", "ha", "glub", "tap", "round", "swim", "nom", "la", "hum"}
 _AGREEMENT = re.compile(
     r"\b(?:i (?:is|are|has|does|wants|likes)\b|(?:he|she|it) (?:are|am|have|do|want|like)\b(?<!did it like)"
     r"|(?:you|we|they) (?:is|am|was|has|does)\b"

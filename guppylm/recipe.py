@@ -1,0 +1,107 @@
+"""A recipe: every number of a training run, read from a TOML file."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+RECIPES = Path(__file__).parent.parent / "training" / "recipes"
+
+
+class RecipeError(ValueError):
+    """A recipe cannot be used; the message names the file and the key."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Data(_Section):
+    """Which conversations to compose."""
+
+    character: str = "guppy"
+    conversations: int = Field(60_000, ge=100)
+    seed: int = 1
+
+
+class TokenizerSize(_Section):
+    """How many tokens there are."""
+
+    vocab_size: int = Field(4096, ge=300, le=32_768)
+
+
+class Shape(_Section):
+    """The shape of the model; names as in config.json."""
+
+    hidden_size: int = Field(384, ge=8)
+    num_hidden_layers: int = Field(6, ge=1)
+    num_attention_heads: int = Field(6, ge=1)
+    intermediate_size: int = Field(768, ge=8)
+    max_position_embeddings: int = Field(128, ge=96, le=1024)
+    hidden_dropout_prob: float = Field(0.0, ge=0, lt=1)
+
+
+class Train(_Section):
+    """The loop. Shares are of the steps, weights are of the loss."""
+
+    seed: int = 1
+    steps: int = Field(ge=1)
+    batch_tokens: int = Field(2048, ge=128)
+    listening: float = Field(0.5, ge=0, le=1)
+    prompt_weight: float = Field(0.1, ge=0)
+    thought_weight: float = Field(4.0, ge=0)
+    reply_weight: float = Field(1.0, ge=0)
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup: float = Field(0.05, ge=0, le=1)
+    decay: float = Field(0.5, ge=0, le=1)
+    weight_decay: float = Field(0.1, ge=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.98, ge=0, lt=1)
+    clip: float = Field(1.0, gt=0)
+
+
+class Recipe(_Section):
+    """A whole run. Unknown keys are errors."""
+
+    data: Data = Data()
+    tokenizer: TokenizerSize = TokenizerSize()
+    model: Shape = Shape()
+    train: Train
+
+
+def load_recipe(name_or_path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe by name (`guppy`, from training/recipes) or path; `overrides` are "section.key=value".
+
+    Raises RecipeError.
+    """
+    path = Path(name_or_path)
+    if not path.is_file():
+        path = RECIPES / f"{name_or_path}.toml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in RECIPES.glob("*.toml")))
+        raise RecipeError(f"There is no recipe '{name_or_path}': not a file, and none of {known}.")
+    try:
+        values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} is no TOML file: {error}.") from None
+    for override in overrides or []:
+        key, given, value = override.partition("=")
+        section, dot, field = key.strip().partition(".")
+        if not given or not dot:
+            raise RecipeError(f"--set {override}: write it as section.key=value, for example train.steps=500.")
+        try:
+            parsed = tomllib.loads(f"value = {value}")["value"]
+        except tomllib.TOMLDecodeError:
+            parsed = value.strip()
+        values.setdefault(section, {})
+        if not isinstance(values[section], dict):
+            raise RecipeError(f"--set {override}: '{section}' is no section.")
+        values[section][field] = parsed
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise RecipeError(f"{path}: {'.'.join(map(str, first['loc']))}: {first['msg']}.") from None

@@ -1,0 +1,403 @@
+"""The training loop: conversations in, a model folder out.
+
+    data set -> token rows -> batches of similar length -> loss -> AdamW -> a model folder
+
+Two things differ from the textbook, and both are about what is shown to the model, not about the model:
+
+- A thought comes before each reply (conversation.py), and its two tokens count more than the others. A small model
+  learns to speak long before it learns to listen; the thought makes listening pay from the first step.
+- Listening lessons: a share of the rows ends with the thought. They cost half and teach the harder half.
+
+A run is a folder: `checkpoint.pt` (everything needed to go on, written every 30 seconds), `log.jsonl` (a line every
+few steps), and the model folder's own files at the end. Training continued from a checkpoint on a CPU takes the same
+steps, bit for bit, as training that was never interrupted.
+
+Several processes (`torchrun`) share each batch; together they take the steps that one process would take.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn import functional as F
+
+from guppylm.conversation import ChatFormat
+from guppylm.datagen.dataset import Conversation
+from guppylm.model import GuppyLM, ModelConfig
+from guppylm.recipe import Recipe, Train
+
+CHECKPOINT = "checkpoint.pt"
+LOG = "log.jsonl"
+SECONDS_BETWEEN_CHECKPOINTS = 30.0
+STEPS_BETWEEN_LOG_LINES = 10
+# Rows of similar length are sought among this many at a time.
+POOL = 8192
+
+
+class TrainError(Exception):
+    """Training cannot go on. The message says why and what to do."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What the loop tells after a step. Losses are in nats a token; `examined` is the share of held-out prompts whose
+    topic the fish names, when it was measured at this step."""
+
+    step: int
+    steps: int
+    loss: float
+    tokens_per_second: float
+    seconds_left: float
+    examined: float | None = None
+
+
+class Rows:
+    """A data set as token rows, resident on the device: ids (N, longest), and where thought and reply begin."""
+
+    def __init__(self, conversations: list[Conversation], chat: ChatFormat, device: torch.device) -> None:
+        encoded = [chat.encode(c.prompt, c.reply, c.topic, c.intent) for c in conversations]
+        self.lengths = [len(ids) for ids, _, _ in encoded]
+        self.thought_at = [thought for _, thought, _ in encoded]
+        longest = max(self.lengths)
+        ids = torch.zeros(len(encoded), longest, dtype=torch.int16)
+        for row, (tokens, _, _) in enumerate(encoded):
+            ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int16)
+        self.ids = ids.to(device)
+        self.length = torch.tensor(self.lengths, device=device)
+        self.thought = torch.tensor(self.thought_at, device=device)
+        self.reply = torch.tensor([reply for _, _, reply in encoded], device=device)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows that go through the model together, and how many positions of them."""
+
+    rows: list[int]
+    positions: int
+
+
+def plan(rows: Rows, recipe: Train, epoch: int) -> list[Batch]:
+    """The batches of one epoch: rows of similar length together, in random order. Depends on nothing but the data,
+    the recipe and the epoch, so a continued run finds its place again."""
+    rng = random.Random(f"{recipe.seed}/{epoch}")
+    order = list(range(len(rows)))
+    rng.shuffle(order)
+    batches: list[Batch] = []
+    for begin in range(0, len(order), POOL):
+        listening, speaking = [], []
+        for row in order[begin : begin + POOL]:
+            if rng.random() < recipe.listening:
+                # The last input is the topic; the intent after it is only predicted.
+                listening.append((min(rows.thought_at[row] + 1, rows.lengths[row] - 1), row))
+            else:
+                speaking.append((rows.lengths[row] - 1, row))
+        for group in (listening, speaking):
+            group.sort()
+            while group:
+                positions = group[-1][0]
+                fits = max(1, recipe.batch_tokens // positions)
+                batches.append(Batch([row for _, row in group[-fits:]], positions))
+                del group[-fits:]
+    rng.shuffle(batches)
+    return batches
+
+
+def batch_loss(model: nn.Module, rows: Rows, batch: Batch, recipe: Train, share: slice = slice(None)) -> Tensor:
+    """The weighted loss of a batch in nats a token, over the `share` of its rows that is this process's.
+
+    The denominator is the whole batch's weight: the shares of all processes add up to the batch's loss.
+    """
+    index = torch.tensor(batch.rows, device=rows.ids.device)
+    ids = rows.ids[index, : batch.positions + 1].long()
+    targets = ids[:, 1:]
+    at = torch.arange(1, targets.shape[1] + 1, device=ids.device)  # the position each target stands at
+    thought, reply, length = rows.thought[index, None], rows.reply[index, None], rows.length[index, None]
+    weights = torch.where(at < thought, recipe.prompt_weight, torch.where(at < reply, recipe.thought_weight, recipe.reply_weight))
+    weights = weights * (at < length)
+    total = weights.sum()
+    ids, targets, weights = ids[share], targets[share], weights[share]
+    # Only positions that count pass through the head, the widest matrix of all.
+    counts = weights > 0
+    logits = model(ids[:, :-1], counts)
+    losses = F.cross_entropy(logits.float(), targets[counts], reduction="none")
+    return (losses * weights[counts]).sum() / total
+
+
+class _Trained(nn.Module):
+    """The model as the loop calls it: logits only where there is a target."""
+
+    def __init__(self, model: GuppyLM) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids: Tensor, counts: Tensor) -> Tensor:
+        logits: Tensor = self.model.lm_head(self.model.hidden(ids)[counts])
+        return logits
+
+
+def learning_rate(step: int, recipe: Train) -> float:
+    """Warm up, stay, fall to zero (a trapezoid). `step` counts from 0."""
+    warmup, decay = recipe.warmup * recipe.steps, recipe.decay * recipe.steps
+    rise = (step + 1) / warmup if warmup else 1.0
+    fall = (recipe.steps - step) / decay if decay else 1.0
+    return recipe.learning_rate * min(1.0, rise, fall)
+
+
+def make_optimizer(model: GuppyLM, recipe: Train) -> torch.optim.AdamW:
+    """AdamW; only matrices decay, not biases, norms or embeddings."""
+    decays = [p for name, p in model.named_parameters() if p.dim() == 2 and "emb" not in name]
+    rests = [p for name, p in model.named_parameters() if p.dim() != 2 or "emb" in name]
+    groups = [{"params": decays, "weight_decay": recipe.weight_decay}, {"params": rests, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2), fused=True)
+
+
+@torch.no_grad()
+def topics_heard(model: GuppyLM, rows: Rows, chat: ChatFormat, most: int = 400) -> float:
+    """The share of rows (evenly spread, at most `most`) whose topic the model names first."""
+    model.eval()
+    topics = torch.tensor(list(chat.topics), device=rows.ids.device)
+    chosen = sorted(range(0, len(rows), max(1, len(rows) // most)), key=lambda row: rows.thought_at[row])
+    right = 0
+    for begin in range(0, len(chosen), 64):
+        some = torch.tensor(chosen[begin : begin + 64], device=rows.ids.device)
+        last = rows.thought[some] - 1
+        ids = rows.ids[some, : int(last.max()) + 1].long()
+        logits = model.lm_head(model.hidden(ids)[torch.arange(len(some)), last])[:, topics]
+        truth = rows.ids[some, rows.thought[some]].long()
+        right += int((topics[logits.argmax(-1)] == truth).sum())
+    model.train()
+    return right / len(chosen)
+
+
+def make_chat(conversations: list[Conversation], recipe: Recipe) -> tuple[Tokenizer, dict[str, list[str]]]:
+    """The tokenizer and the thoughts that these training conversations need."""
+    from guppylm.tokenizer import train_tokenizer
+
+    thoughts: dict[str, list[str]] = {}
+    for topic, intent in sorted({(c.topic, c.intent) for c in conversations}):
+        thoughts.setdefault(topic, []).append(intent)
+    prompts = (c.prompt for c in conversations)
+    replies = (c.reply for c in conversations)
+    return train_tokenizer(prompts, replies, thoughts, recipe.tokenizer.vocab_size), thoughts
+
+
+def check_folder(out: Path) -> None:
+    """Find out before the long work whether the run folder can be written and has room. Raises TrainError."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        probe = out / ".probe"
+        probe.write_bytes(b"guppy")
+        probe.unlink()
+    except OSError as error:
+        raise TrainError(f"Cannot write to {out}: {error.strerror}. Choose another folder with --out.") from None
+    if (free := shutil.disk_usage(out).free) < 500e6:
+        raise TrainError(f"Only {free / 1e6:.0f} MB are free at {out}; a run needs 500 MB. Make room or choose another --out.")
+
+
+def best_device() -> torch.device:
+    """CUDA where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def _autocast(device: torch.device) -> Any:
+    """bf16 where the hardware multiplies it fast: master weights, logits and loss stay fp32."""
+    if device.type == "cuda" or (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
+        return torch.autocast(device.type, torch.bfloat16)
+    return nullcontext()
+
+
+def precision_line(device: torch.device) -> str:
+    """One line that says in which precision a run computes, and why."""
+    if isinstance(_autocast(device), nullcontext):
+        return "fp32: this processor has no bf16 arithmetic (AMX or AVX512-BF16), so a run takes about twice as long."
+    return f"bf16 on {device.type}, weights in fp32."
+
+
+class Run:
+    """One training run in a folder. `train()` yields a Progress after each step."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        train: list[Conversation],
+        held_out: list[Conversation],
+        out: Path,
+        *,
+        resume: bool = False,
+        device: torch.device | None = None,
+    ) -> None:
+        check_folder(out)
+        self.recipe, self.out, self.device = recipe, out, device or best_device()
+        self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.saved = self._read_checkpoint() if resume else None
+        if self.saved:
+            self.tokenizer = Tokenizer.from_str(self.saved["tokenizer"])
+            thoughts = self.saved["thoughts"]
+        else:
+            self.tokenizer, thoughts = make_chat(train, recipe)
+        shape = recipe.model.model_dump()
+        self.config = ModelConfig(vocab_size=self.tokenizer.get_vocab_size(), thoughts=thoughts, **shape)
+        self.chat = ChatFormat(self.tokenizer, self.config.max_position_embeddings, thoughts)
+        self.rows = Rows(train, self.chat, self.device)
+        self.examined = Rows(held_out, self.chat, self.device)
+        torch.manual_seed(recipe.train.seed)
+        self.model = GuppyLM(self.config).to(self.device)
+        self.optimizer = make_optimizer(self.model, recipe.train)
+        self.step = 0
+        if self.saved:
+            self.model.load_state_dict(self.saved["model"])
+            self.optimizer.load_state_dict(self.saved["optimizer"])
+            torch.set_rng_state(self.saved["rng"])
+            self.step = self.saved["step"]
+
+    def _read_checkpoint(self) -> dict[str, Any]:
+        path = self.out / CHECKPOINT
+        if not path.is_file():
+            raise TrainError(f"There is no run to resume in {self.out} ({CHECKPOINT} is missing). Start without --resume.")
+        try:
+            saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:
+            raise TrainError(f"{path} cannot be read ({type(error).__name__}). Start without --resume.") from None
+        if saved["recipe"] != self.recipe.model_dump():
+            raise TrainError(f"The run in {self.out} was begun with another recipe. Use that one, or start without --resume.")
+        return saved
+
+    def save_checkpoint(self) -> None:
+        """Write everything needed to go on; the file before stays whole until this one is."""
+        if self.rank:
+            return
+        state = {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "rng": torch.get_rng_state(),
+            "tokenizer": self.tokenizer.to_str(),
+            "thoughts": self.config.thoughts,
+            "recipe": self.recipe.model_dump(),
+        }
+        partial = self.out / f"{CHECKPOINT}.partial"
+        try:
+            torch.save(state, partial)
+            os.replace(partial, self.out / CHECKPOINT)
+        except (OSError, RuntimeError) as error:
+            partial.unlink(missing_ok=True)
+            raise TrainError(f"Cannot write {self.out / CHECKPOINT}: {error}. The checkpoint before it is whole; make room, then --resume.") from None
+
+    def _batches(self) -> Iterator[Batch]:
+        """The batches from the current step on."""
+        step, epoch = 0, 0
+        while True:
+            batches = plan(self.rows, self.recipe.train, epoch)
+            yield from batches[max(0, self.step - step) :]
+            step += len(batches)
+            epoch += 1
+
+    def train(self, examine_every: int = 100) -> Iterator[Progress]:
+        """Take the remaining steps. Ends early, with a checkpoint, when the process is asked to end."""
+        recipe, stop = self.recipe.train, _Stop()
+        wrapped: nn.Module = _Trained(self.model)
+        if self.world > 1:
+            wrapped = nn.parallel.DistributedDataParallel(wrapped)
+        self.model.train()
+        share = slice(self.rank, None, self.world)
+        begun, saved_at, first, tokens = time.monotonic(), time.monotonic(), self.step, 0
+        running = torch.zeros((), device=self.device)
+        with stop, (self.out / LOG).open("a", encoding="utf-8") as log:
+            for batch in self._batches():
+                if self.step >= recipe.steps or stop.asked:
+                    break
+                rate = learning_rate(self.step, recipe)
+                for group in self.optimizer.param_groups:
+                    group["lr"] = rate
+                with _autocast(self.device):
+                    loss = batch_loss(wrapped, self.rows, batch, recipe, share)
+                # DistributedDataParallel averages gradients; the shares are parts of one sum.
+                (loss * self.world).backward()
+                norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
+                self.step += 1
+                tokens += len(batch.rows) * batch.positions
+                running += loss.detach()
+                last = self.step == recipe.steps
+                if self.step % STEPS_BETWEEN_LOG_LINES and not last:
+                    continue
+                # Only here does the host wait for the device.
+                if self.world > 1:
+                    dist.all_reduce(running)
+                mean = running.item() / (self.step % STEPS_BETWEEN_LOG_LINES or STEPS_BETWEEN_LOG_LINES)
+                running.zero_()
+                if not math.isfinite(mean):
+                    raise TrainError(
+                        f"The loss is no number any more at step {self.step}. The last checkpoint is from before; "
+                        f"lower train.learning_rate (now {recipe.learning_rate:g}) and start again."
+                    )
+                seconds = time.monotonic() - begun
+                heard = None
+                if self.config.thoughts and (self.step % examine_every == 0 or last) and len(self.examined):
+                    heard = topics_heard(self.model, self.examined, self.chat)
+                if self.rank == 0:
+                    line = {"step": self.step, "loss": mean, "rate": rate, "norm": norm.item(), "tokens_per_second": tokens / seconds}
+                    log.write(json.dumps(line | ({"topics_heard": heard} if heard is not None else {})) + "\n")
+                    log.flush()
+                left = seconds / (self.step - first) * (recipe.steps - self.step)
+                yield Progress(self.step, recipe.steps, mean, tokens / seconds, left, heard)
+                if time.monotonic() - saved_at > SECONDS_BETWEEN_CHECKPOINTS:
+                    self.save_checkpoint()
+                    saved_at = time.monotonic()
+        self.save_checkpoint()
+
+    @property
+    def finished(self) -> bool:
+        """Whether all steps were taken."""
+        return self.step >= self.recipe.train.steps
+
+
+class _Stop:
+    """Ctrl-C and SIGTERM end training after the current step, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Stop:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._before[number] = signal.signal(number, self._ask)
+            except ValueError:  # not the main thread: nobody sends us signals there
+                break
+        return self
+
+    def _ask(self, number: int, frame: Any) -> None:
+        self.asked = True
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+
+Watch = Callable[[Progress], None]
