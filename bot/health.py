@@ -17,6 +17,8 @@ BEAT = 1.0
 """Seconds between two looks at the progress."""
 STALE = 15.0
 """Seconds without a beat after which a process counts as stuck."""
+STALLED = 10.0
+"""Seconds without a step after which an engine with work counts as stuck."""
 
 
 def _file(role: str) -> Path:
@@ -46,6 +48,26 @@ async def pulse(role: str, progressing: Callable[[], bool]) -> AsyncIterator[Non
         with suppress(asyncio.CancelledError):
             await task
         file.unlink(missing_ok=True)
+
+
+class Progress:
+    """Whether an engine steps while it has something to do.
+
+    `steps` counts what it has done so far, `busy` says whether it should be doing more.
+    """
+
+    def __init__(self, steps: Callable[[], int], busy: Callable[[], bool]) -> None:
+        self._steps, self._busy = steps, busy
+        self._last_steps = steps()
+        self._since = time.monotonic()
+
+    def stalled(self) -> float:
+        """Seconds without progress, as far as this was asked; 0 when there is nothing to do."""
+        steps = self._steps()
+        if steps != self._last_steps or not self._busy():
+            self._last_steps = steps
+            self._since = time.monotonic()
+        return time.monotonic() - self._since
 
 
 def check(role: str) -> str | None:
