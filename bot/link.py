@@ -73,8 +73,8 @@ class Link:
         except ValueError:  # its message would quote the address with the password
             raise Refusal("GUPPY_REDIS_URL is no address like redis://host:6379/0.", ExitCode.SETTINGS) from None
         self.address = _address(url)
-        self._commands = pool.make_connection()
-        self._blocking = pool.make_connection()
+        self._commands: AbstractConnection = pool.make_connection()  # type: ignore[no-untyped-call]
+        self._blocking: AbstractConnection = pool.make_connection()  # type: ignore[no-untyped-call]
         self._waiting: list[tuple[tuple[Argument, ...], asyncio.Future[Any]]] = []
         self._sender: asyncio.Task[None] | None = None
         self._block = asyncio.Lock()
@@ -159,10 +159,10 @@ class Link:
         """The answers to `commands`, an `Away` where Redis refused one. Raises `Away` when none came."""
         try:
             if not connection.is_connected:
-                await connection.connect()
+                await connection.connect()  # type: ignore[no-untyped-call]
             await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
             answers = [await self._answer(connection) for _ in commands]
-        except (exceptions.RedisError, OSError, asyncio.TimeoutError) as error:
+        except (exceptions.RedisError, OSError) as error:
             await connection.disconnect(nowait=True)
             self._lost(error)
         except BaseException:  # cancelled in the middle: what is still under way would answer the next command

@@ -98,7 +98,9 @@ def _chain(error: BaseException | None) -> Iterable[str]:
     """`TypeError at module:12 in function`, innermost frames of the error and of what caused it."""
     while error is not None:
         frames = traceback.StackSummary.extract(_walk(error.__traceback__), lookup_lines=False)[-6:]
-        yield f"{type(error).__qualname__} at " + ", ".join(f"{f.filename}:{f.lineno} {f.name}" for f in reversed(frames))
+        yield f"{type(error).__qualname__} at " + ", ".join(
+            f"{f.filename}:{f.lineno} {f.name}" for f in reversed(frames)
+        )
         error = error.__cause__ or error.__context__
 
 

@@ -26,7 +26,9 @@ RATE_LIMITED = Counter("guppy_platform_rate_limited", "429s from the platform", 
 QUEUE_DEPTH = Gauge("guppy_queue_depth", "Questions on the queue, those in work included")
 QUEUE_AGE = Gauge("guppy_queue_age_seconds", "Age of the oldest question on the queue")
 WORKERS = Gauge("guppy_workers", "Workers that showed progress in the last seconds")
-QUEUE_WAIT = Histogram("guppy_queue_wait_seconds", "From a question's arrival on the queue to a worker", buckets=_SECONDS)
+QUEUE_WAIT = Histogram(
+    "guppy_queue_wait_seconds", "From a question's arrival on the queue to a worker", buckets=_SECONDS
+)
 
 # Workers.
 WORK = Counter(

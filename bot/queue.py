@@ -3,7 +3,7 @@
 What holds, whoever dies (an adapter, a worker, Redis, any of them at any moment):
 
 - **At least once to a worker.** A question that was accepted is worked on until it is answered, expires, or was given
-  up after its second try. A worker's death costs a retry; a Redis that restarts empty is given the open questions again.
+  up after its second try. A worker's death costs a retry; a Redis that restarts empty gets the open questions again.
 - **At most one visible reply.** The first worker to answer takes the question off the queue in the same step; whoever
   comes later finds it gone. The adapter that asks is the only one that can read the reply, and waits for one.
 - **Nothing after the deadline.** A question's text is a key that Redis itself removes at the deadline, and an answer
@@ -230,8 +230,7 @@ class _Question:
 class QueuedFish:
     """The fish at the far end of the queue: any number of questions at once over two connections.
 
-        async with QueuedFish(settings) as fish:      # waits for Redis; raises Refusal if it refuses us
-            reply = await fish.ask("hi")
+    To be entered (`async with`) before it is asked; that waits for Redis, and raises `Refusal` if Redis refuses us.
     """
 
     def __init__(self, settings: Settings) -> None:

@@ -169,7 +169,9 @@ def load() -> Settings:
     known = {PREFIX + name.upper() for name in Settings.model_fields}
     for name, where in _named():
         if name.upper().startswith(PREFIX) and name.upper() not in known:
-            raise Refusal(f"There is no setting {name.upper()} (found in {where}).{_nearest(name.upper(), known)}", _CODE)
+            raise Refusal(
+                f"There is no setting {name.upper()} (found in {where}).{_nearest(name.upper(), known)}", _CODE
+            )
     try:
         return Settings()
     except ValidationError as error:

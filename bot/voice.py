@@ -1,7 +1,7 @@
 """What Guppy says when the model does not speak for him: every fixed text of the service, in character.
 
 The texts are data: `messages/<language>.toml`, one table of them, English complete, the others as far as they go.
-A text may have several variants (a list); one of them is picked at random, so that the fish doesn't sound like a machine.
+A text may have several variants (a list); one of them is picked at random, so that a fish doesn't sound like a machine.
 """
 
 import random
@@ -21,8 +21,8 @@ def _texts(language: str) -> dict[str, list[str]]:
 @cache
 def languages() -> tuple[str, ...]:
     """The languages with texts of their own, English first."""
-    found = sorted(f.name.removesuffix(".toml") for f in (files("bot") / "messages").iterdir() if f.name.endswith(".toml"))
-    return (FALLBACK, *(language for language in found if language != FALLBACK))
+    names = [file.name for file in (files("bot") / "messages").iterdir() if file.name.endswith(".toml")]
+    return tuple(sorted((name.removesuffix(".toml") for name in names), key=lambda name: (name != FALLBACK, name)))
 
 
 def variants(key: str, locale: str | None = None) -> list[str]:

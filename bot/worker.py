@@ -14,6 +14,7 @@ from bot import health, logs, metrics
 from bot.fish import Reply
 from bot.lifetime import unless_stopped
 from bot.link import Away
+from bot.local import load
 from bot.queue import TRIES, Intake, Request
 from bot.refusal import ExitCode, Refusal
 from bot.settings import Settings
@@ -48,8 +49,6 @@ class Engine(Protocol):
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Load the model, wait for Redis, then work until `stop` is set. Raises `Refusal`."""
-    from bot.local import load  # torch comes with it, and only here
-
     engine = await unless_stopped(stop, load(settings))
     try:
         await run(settings, engine, stop)
@@ -123,8 +122,8 @@ class _Worker:
             stalled = self._progress.stalled()
             if stalled > health.STALLED:
                 raise Refusal(
-                    f"The engine has had questions for {stalled:.0f} seconds and made no step; this worker ends so that "
-                    "a fresh one can take its place.",
+                    f"The engine has had questions for {stalled:.0f} seconds and made no step; this worker ends so "
+                    "that a fresh one can take its place.",
                     ExitCode.STUCK,
                 )
             if stalled < SILENT:
