@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
+from guppylm import hub
 from guppylm.conversation import IM_END, IM_END_TOKEN, IM_START, IM_START_TOKEN, ChatFormat
 from guppylm.model import GuppyLM, ModelConfig
 
@@ -44,12 +45,17 @@ class Checkpoint:
 
 
 def find(model: str | Path) -> Path:
-    """The folder of a model: one that ships (`guppy-9m`) or a path. Raises ModelError when there is none."""
+    """The folder of a model: one that ships (`guppy-9m`), a path, or `owner/name` on the hub. Raises ModelError."""
     for folder in (Path(model), WEIGHTS / model):
         if folder.is_dir():
             return folder
+    if hub.is_repository(str(model)):
+        try:
+            return hub.pull(str(model))
+        except hub.HubError as error:
+            raise ModelError(str(error)) from None
     shipped = ", ".join(sorted(folder.name for folder in WEIGHTS.glob("*/"))) or "none"
-    raise ModelError(f"There is no model '{model}': not a folder, and not one that ships with Guppy ({shipped}).")
+    raise ModelError(f"There is no model '{model}': not a folder, not one that ships with Guppy ({shipped}), not owner/name on the hub.")
 
 
 def _read_config(path: Path) -> ModelConfig:

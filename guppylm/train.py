@@ -24,8 +24,8 @@ import random
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
-from guppylm.conversation import ChatFormat
+from guppylm.conversation import IM_END, ChatFormat
 from guppylm.datagen.dataset import Conversation
 from guppylm.model import GuppyLM, ModelConfig
 from guppylm.recipe import Recipe, Train
@@ -400,4 +400,35 @@ class _Stop:
         self._restore()
 
 
-Watch = Callable[[Progress], None]
+@contextmanager
+def distributed() -> Iterator[int]:
+    """Join the other processes when `torchrun` started this one; gives this process's rank (0 when alone)."""
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield 0
+        return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(best_device())
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    try:
+        yield dist.get_rank()
+    finally:
+        dist.destroy_process_group()
+
+
+SAMPLE_PROMPTS = ["are you hungry", "what is a trombone", "it is raining outside", "do you love me", "hi guppy"]
+
+
+@torch.no_grad()
+def sample_reply(run: Run) -> tuple[str, str]:
+    """A prompt and what the unfinished fish answers, the likeliest token each time."""
+    prompt = SAMPLE_PROMPTS[run.step // 10 % len(SAMPLE_PROMPTS)]
+    ids = run.chat.encode_prompt(prompt).ids
+    begin = len(ids) + (2 if run.config.thoughts else 0)
+    run.model.eval()
+    while len(ids) < min(run.chat.window, begin + 30):
+        newest = int(run.model(torch.tensor([ids], device=run.device))[0, -1].argmax())
+        if newest == IM_END:
+            break
+        ids.append(newest)
+    run.model.train()
+    return prompt, run.chat.decode(ids[begin:]).strip()

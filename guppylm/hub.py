@@ -1,0 +1,63 @@
+"""Models and data sets of others, and yours for them: a thin layer over huggingface_hub.
+
+`pull` downloads only the files of a model folder, never code, into the hub's cache: an interrupted download leaves
+nothing half-written. Pin a revision with `owner/name@revision`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+MODEL_FILES = ["config.json", "tokenizer.json", "model.safetensors", "README.md"]
+PICKLED = "pytorch_model.bin"
+
+_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?")
+
+
+class HubError(Exception):
+    """The hub could not serve. The message is one sentence for a person."""
+
+
+def is_repository(name: str) -> bool:
+    """Whether `name` is written like a hub repository, `owner/name` or `owner/name@revision`."""
+    return _REPOSITORY.fullmatch(name) is not None
+
+
+def pull(name: str) -> Path:
+    """Download the model `owner/name[@revision]` (or find it in the cache); returns its folder. Raises HubError."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    repository, _, revision = name.partition("@")
+    try:
+        try:
+            files = HfApi().list_repo_files(repository, revision=revision or None)
+            wanted = MODEL_FILES if "model.safetensors" in files else [*MODEL_FILES, PICKLED]
+        except (RepositoryNotFoundError, RevisionNotFoundError):
+            raise
+        except Exception:  # no network: what is in the cache may still do
+            wanted = [*MODEL_FILES, PICKLED]
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted))
+    except RevisionNotFoundError:
+        raise HubError(f"The model '{repository}' has no revision '{revision}'.") from None
+    except RepositoryNotFoundError:
+        raise HubError(f"The hub has no model '{repository}', or it is private (then log in with 'hf auth login').") from None
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise HubError(f"Could not download '{name}': {type(error).__name__}. Check the network and try again.") from None
+
+
+def push(folder: Path, repository: str, *, private: bool = False) -> str:
+    """Upload a model folder as the model `owner/name`; returns its address. Raises HubError."""
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError
+
+    api = HfApi()
+    try:
+        api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, allow_patterns=MODEL_FILES, commit_message="A fish")
+    except LocalTokenNotFoundError:
+        raise HubError("You are not logged in to the hub; run 'hf auth login' first.") from None
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise HubError(f"Could not upload to '{repository}': {error}") from None
+    return f"{api.endpoint}/{repository}"
