@@ -16,6 +16,8 @@ from urllib.parse import urlsplit
 
 from redis import exceptions
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 
 from bot import logs, metrics
 from bot.refusal import ExitCode, Refusal
@@ -62,8 +64,10 @@ class Link:
         url = settings.redis_url.get_secret_value()
         options: dict[str, Any] = {
             "protocol": 2,
-            "socket_timeout": TIMEOUT,
+            # The round trip has its own; redis-py's (wait_for, on Python 3.11) can swallow a cancellation.
+            "socket_timeout": None,
             "socket_connect_timeout": TIMEOUT,
+            "retry": Retry(NoBackoff(), 0),  # when to try again is decided here
             "driver_info": None,
         }
         if settings.redis_password is not None:
@@ -158,10 +162,11 @@ class Link:
     async def _round_trip(self, connection: AbstractConnection, commands: list[tuple[Argument, ...]]) -> list[Any]:
         """The answers to `commands`, an `Away` where Redis refused one. Raises `Away` when none came."""
         try:
-            if not connection.is_connected:
-                await connection.connect()  # type: ignore[no-untyped-call]
-            await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
-            answers = [await self._answer(connection) for _ in commands]
+            async with asyncio.timeout(TIMEOUT):
+                if not connection.is_connected:
+                    await connection.connect()  # type: ignore[no-untyped-call]
+                await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+                answers = [await self._answer(connection) for _ in commands]
         except (exceptions.RedisError, OSError) as error:
             await connection.disconnect(nowait=True)
             self._lost(error)
@@ -237,6 +242,11 @@ def _refusal(error: Exception) -> Away:
         return _KINDS.get(code, Away)(code)
     if isinstance(error, exceptions.InvalidResponse):
         return Denied("what answers there is no Redis")
+    if isinstance(error, exceptions.ResponseError):  # no way to be away, but a mistake of ours or of the server's
+        where = re.search(r"user_script:\d+", str(error))
+        reason = f"{type(error).__name__} {where[0] if where else ''}".strip()
+        log.error("redis failed a command", reason=reason)
+        return Away(reason)
     cause = error.__cause__ or error.__context__
     if isinstance(cause, ssl.SSLError):
         return Denied(f"TLS: {cause.reason or type(cause).__name__}")

@@ -32,7 +32,7 @@ async def load(settings: Settings) -> "Engine":
         return await asyncio.to_thread(
             Engine.load, settings.model, device=settings.device, max_batch=settings.max_batch
         )
-    except ModelError as error:
+    except (ModelError, ValueError) as error:  # ValueError: a device that this machine doesn't have
         raise Refusal(str(error), ExitCode.MODEL) from None
 
 
