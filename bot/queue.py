@@ -188,9 +188,7 @@ local keep, at = tonumber(ARGV[6]), now()
 redis.call('ZREMRANGEBYSCORE', workers, '-inf', string.format('(%.0f', at - ARGV[7]))
 redis.call('ZADD', workers, string.format('%.0f', at), ARGV[3])
 outlive(workers, keep)
-if redis.call('EXISTS', requests) == 0 then
-  redis.call('XGROUP', 'CREATE', requests, group, '0', 'MKSTREAM')
-end
+redis.pcall('XGROUP', 'CREATE', requests, group, '0', 'MKSTREAM')  -- an error where it is there already
 outlive(requests, keep)
 if #ARGV > 7 then  -- still being worked on
   local claim = {'XCLAIM', requests, group, consumer, 0}
@@ -459,9 +457,9 @@ class Intake:
         metrics.WORKERS.set(workers)
         return await self._read([(entry, fields, 1 + tries) for entry, fields, tries in taken])
 
-    async def answer(self, request: Request, reply: Reply) -> None:
-        """Give `reply`, unless the question expired or another worker was first."""
-        await self._settle(request, Outcome.CUT if reply.prompt_cut else Outcome.ANSWERED, reply.text)
+    async def answer(self, request: Request, reply: Reply) -> str:
+        """Give `reply`: "answered"; or "expired", or "overtaken" when another worker was first."""
+        return await self._settle(request, Outcome.CUT if reply.prompt_cut else Outcome.ANSWERED, reply.text)
 
     async def give_up(self, request: Request) -> None:
         """Say that no worker can answer this."""
@@ -507,14 +505,16 @@ class Intake:
         metrics.RETRIES.inc(sum(request.tries > 1 for request in requests))
         return requests
 
-    async def _settle(self, request: Request, outcome: Outcome, text: str = "") -> None:
-        settled: bytes = await self._link.run(
+    async def _settle(self, request: Request, outcome: Outcome, text: str = "") -> str:
+        answer: bytes = await self._link.run(
             ANSWER,
             [REQUESTS, _text(request.id), request.replies],
             *(GROUP, request.entry, VERSION, request.id, outcome.value, text.encode("utf-8", "replace")),
         )
-        if outcome in (Outcome.ANSWERED, Outcome.CUT) or settled != b"answered":
-            metrics.WORK.labels(settled.decode()).inc()
+        settled = answer.decode()
+        if outcome in (Outcome.ANSWERED, Outcome.CUT) or settled != "answered":
+            metrics.WORK.labels(settled).inc()
+        return settled
 
     async def _drop(self, entry: bytes, why: str) -> None:
         await self._link.run(DROP, [REQUESTS], GROUP, entry)

@@ -160,10 +160,11 @@ class _Worker:
             seconds = time.perf_counter() - started
             metrics.INFER_SECONDS.observe(seconds)
             metrics.TOKENS.inc(completion.tokens)
-            await self._intake.answer(request, Reply(completion.text, completion.prompt_cut))
+            outcome = await self._intake.answer(request, Reply(completion.text, completion.prompt_cut))
             log.info(
                 "answered",
                 id=request.id,
+                outcome=outcome,
                 waited=round(request.waited, 3),
                 seconds=round(seconds, 3),
                 tokens=completion.tokens,

