@@ -166,24 +166,24 @@ class LocalLimiter:
 
 TAKE_TURN = Script(
     """
--- seen, open, rate | this turn, seen ms, open ms, interval ms, burst
+-- seen, open, rate | place, seen ms, open ms, interval ms, burst
 local seen, open, rate = KEYS[1], KEYS[2], KEYS[3]
-local turn, interval, burst = ARGV[1], tonumber(ARGV[4]), tonumber(ARGV[5])
-if redis.call('GET', open) == turn then return 'welcome' end  -- asked again after a broken connection
+local place, interval, burst = ARGV[1], tonumber(ARGV[4]), tonumber(ARGV[5])
+if redis.call('GET', open) == place then return 'welcome' end  -- asked again after a broken connection
 if not redis.call('SET', seen, '', 'NX', 'PX', ARGV[2]) then return 'duplicate' end
 if redis.call('EXISTS', open) == 1 then return 'still_thinking' end
 -- The key ends when the bucket is full again, so what is left of its life is what is missing in the bucket.
 local missing = math.max(redis.call('PTTL', rate), 0) + interval
 if missing > burst * interval then return 'too_fast' end
 redis.call('SET', rate, '', 'PX', string.format('%.0f', missing))
-redis.call('SET', open, turn, 'PX', ARGV[3])
+redis.call('SET', open, place, 'PX', ARGV[3])
 return 'welcome'
 """
 )
 
 END_TURN = Script(
     """
--- open | this turn
+-- open | place
 if redis.call('GET', KEYS[1]) == ARGV[1] then redis.call('DEL', KEYS[1]) end
 """
 )
@@ -229,26 +229,24 @@ class RedisLimiter:
     @asynccontextmanager
     async def turn(self, person: str, message: str) -> AsyncIterator[Turn]:
         """As `Limiter.turn`."""
+        name = self._scramble.person(person)
+        keys = [_key("seen", self._scramble.message(message)), _key("open", name), _key("rate", name)]
+        place = secrets.token_hex(8)
         async with self._here.turn(person, message) as here:
-            if here.verdict is not Verdict.WELCOME:
-                yield here
-                return
-            name, turn = self._scramble.person(person), secrets.token_hex(8)
-            keys = [_key("seen", self._scramble.message(message)), _key("open", name), _key("rate", name)]
-            try:
-                answer: bytes = await self._link.run(
-                    TAKE_TURN, keys, turn, int(SEEN * 1000), self._open, self._interval, self._burst
-                )
-            except Away:
-                yield here
-                return
-            verdict = Verdict(answer.decode())
+            verdict, held = here.verdict, False
+            if verdict is Verdict.WELCOME:
+                with suppress(Away):
+                    answer: bytes = await self._link.run(
+                        TAKE_TURN, keys, place, int(SEEN * 1000), self._open, self._interval, self._burst
+                    )
+                    verdict = Verdict(answer.decode())
+                    held = verdict is Verdict.WELCOME
             try:
                 yield _RedisTurn(verdict, name, here, self._link)
             finally:
-                if verdict is Verdict.WELCOME:
+                if held:
                     with suppress(Away):  # the key ends by itself
-                        await self._link.run(END_TURN, keys[1:2], turn)
+                        await self._link.run(END_TURN, keys[1:2], place)
 
     async def aclose(self) -> None:
         await self._link.aclose()
