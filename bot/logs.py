@@ -8,13 +8,15 @@ what it could not parse.
 """
 
 import asyncio
+import json
 import logging
 import sys
 import threading
 import traceback
 from collections.abc import Iterable
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
+from urllib.parse import unquote, urlsplit
 
 import structlog
 from pydantic import SecretStr
@@ -50,7 +52,7 @@ def configure(settings: Settings, role: str) -> None:
     def add_role(_: WrappedLogger, __: str, event: EventDict) -> EventDict:
         return {"role": role, **event}
 
-    handler = logging.StreamHandler(sys.stderr)
+    handler = _Handler(sys.stderr)
     handler.setFormatter(
         _Redacting(
             _secrets(settings),
@@ -62,7 +64,7 @@ def configure(settings: Settings, role: str) -> None:
     root.handlers[:] = [handler]
     root.setLevel(max(logging.INFO, logging.getLevelNamesMapping()[settings.log_level]))
     logging.getLogger("guppy").setLevel(settings.log_level)
-    for chatty in ("httpx", "httpcore"):
+    for chatty in ("httpx", "httpcore", "tornado.access", "aiohttp.access"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
     for name in list(logging.Logger.manager.loggerDict):  # a library that set a level of its own is quietened as well
         if not name.startswith("guppy") and logging.getLogger(name).level == logging.DEBUG:
@@ -109,8 +111,18 @@ def _walk(trace: TracebackType | None) -> Any:
 
 
 def _secrets(settings: Settings) -> list[str]:
-    values = (getattr(settings, name) for name in Settings.model_fields)
-    return [value.get_secret_value() for value in values if isinstance(value, SecretStr)]
+    values = [getattr(settings, name) for name in Settings.model_fields]
+    secrets = [value.get_secret_value() for value in values if isinstance(value, SecretStr)]
+    if settings.redis_url is not None and (password := urlsplit(settings.redis_url.get_secret_value()).password):
+        secrets += [password, unquote(password)]
+    return secrets
+
+
+class _Handler(logging.StreamHandler[TextIO]):
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Say that a line could not be written, and where it was; logging's own report quotes its arguments."""
+        at = f"{record.pathname}:{record.lineno}"
+        self.stream.write(json.dumps({"event": "a log line could not be written", "at": at}) + "\n")
 
 
 class _Redacting(structlog.stdlib.ProcessorFormatter):

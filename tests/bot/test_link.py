@@ -121,9 +121,12 @@ async def tls_in_front_of(server: RedisServer) -> AsyncIterator[int]:
 
 
 async def test_tls_with_a_certificate_that_is_trusted(redis_server: RedisServer) -> None:
-    async with tls_in_front_of(redis_server) as port:
-        async with linked(at(f"rediss://localhost:{port}/0?ssl_ca_certs={CERTIFICATE}")) as link:
-            assert await link.call("PING") == b"PONG"
+    trusted = f"?ssl_ca_certs={CERTIFICATE}"
+    async with (
+        tls_in_front_of(redis_server) as port,
+        linked(at(f"rediss://localhost:{port}/0{trusted}")) as link,
+    ):
+        assert await link.call("PING") == b"PONG"
 
 
 async def test_tls_with_a_certificate_that_is_not_is_refused(redis_server: RedisServer) -> None:
