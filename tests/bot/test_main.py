@@ -70,7 +70,9 @@ def test_a_missing_model_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_wrong_redis_password_is_refused_before_any_platform_is_called(tmp_path: Path) -> None:
     server = RedisServer(tmp_path, "--requirepass", "bubbles").start()
     try:
-        process = start("discord", GUPPY_DISCORD_TOKEN="t", GUPPY_REDIS_URL=server.url, GUPPY_REDIS_PASSWORD="wrong-one")
+        process = start(
+            "discord", GUPPY_DISCORD_TOKEN="t", GUPPY_REDIS_URL=server.url, GUPPY_REDIS_PASSWORD="wrong-one"
+        )
         refused(process, ExitCode.REDIS, "GUPPY_REDIS_PASSWORD")
         assert "wrong-one" not in process.stderr
     finally:

@@ -1,0 +1,51 @@
+"""The fish in this process: `bot/local.py`, with an engine without a model."""
+
+import asyncio
+from typing import Any, cast
+
+import pytest
+
+from bot.fish import Asleep, Busy, Confused, Reply
+from bot.local import LocalFish, load
+from bot.refusal import ExitCode, Refusal
+from bot.settings import Settings
+from guppylm.engine import EngineBusy
+from tests.standins.engine import StandInEngine
+
+
+def fish(engine: Any, **settings: Any) -> LocalFish:
+    return LocalFish(cast(Any, engine), Settings.model_validate(settings))
+
+
+async def test_it_answers_with_what_the_engine_says() -> None:
+    engine = StandInEngine(window=3)
+    assert await fish(engine).ask("hi") == Reply("blub. hi", prompt_cut=False)
+    assert await fish(engine).ask("hello") == Reply("blub. hel", prompt_cut=True)
+    await engine.aclose()
+
+
+async def test_an_engine_that_takes_too_long_is_asleep() -> None:
+    engine = StandInEngine(0.1, 100)
+    with pytest.raises(Asleep):
+        await asyncio.wait_for(fish(engine, deadline=0.2).ask("hi"), 1)
+    await engine.aclose()
+
+
+async def test_an_engine_that_fails_is_confused() -> None:
+    with pytest.raises(Confused):
+        await fish(StandInEngine()).ask("(raise)")
+
+
+async def test_a_full_engine_is_busy() -> None:
+    class Full(StandInEngine):
+        async def ask(self, prompt: str) -> Any:
+            raise EngineBusy
+
+    with pytest.raises(Busy):
+        await fish(Full()).ask("hi")
+
+
+async def test_a_model_that_does_not_load_is_refused(tmp_path: Any) -> None:
+    with pytest.raises(Refusal) as refused:
+        await load(Settings.model_validate({"model": str(tmp_path / "nothing")}))
+    assert refused.value.exit_code is ExitCode.MODEL

@@ -1,0 +1,90 @@
+"""A worker feeds its engine as questions come, takes what it can run, and says how it is doing: `bot/worker.py`."""
+
+import asyncio
+import time
+import urllib.request
+from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from bot.queue import REQUESTS, QueuedFish
+from bot.settings import Settings
+from tests.bot.conftest import StartWorker, awake, until, working
+from tests.standins.engine import StandInEngine
+from tests.standins.redis_server import RedisServer, free_port
+
+
+async def test_a_question_does_not_wait_for_those_before_it_to_end(settings: Settings) -> None:
+    async with working(settings, StandInEngine(0.05, 20)), QueuedFish(settings) as fish:
+        ended: list[str] = []
+
+        async def ask(name: str) -> None:
+            await fish.ask(name)
+            ended.append(f"{name} {time.monotonic() - started:.1f}")
+
+        started = time.monotonic()
+        first = asyncio.create_task(ask("first"))
+        await asyncio.sleep(0.5)
+        await asyncio.gather(first, ask("second"))
+    seconds = [float(entry.split()[1]) for entry in ended]
+    assert [entry.split()[0] for entry in ended] == ["first", "second"]
+    assert seconds[1] - seconds[0] < 0.8, "a fixed batch would have made it a whole second"
+
+
+async def test_a_worker_takes_no_more_than_it_runs_at_once(settings: Settings, redis_server: RedisServer) -> None:
+    small = settings.model_copy(update={"max_batch": 3})
+    engine = StandInEngine(0.02, 10)
+    client = redis_server.client()
+    async with working(small, engine), QueuedFish(settings) as fish:
+        asking = asyncio.gather(*(fish.ask(f"{n}") for n in range(20)))
+        most = 0
+        while not asking.done():
+            pending = client.xpending(REQUESTS, "workers")["pending"] if client.exists(REQUESTS) else 0
+            most = max(most, pending)
+            await asyncio.sleep(0.005)
+        assert [reply.text for reply in await asking] == [f"blub. {n}" for n in range(20)]
+    assert 0 < most <= 3
+
+
+async def test_a_worker_that_is_slow_but_steps_keeps_its_questions(
+    settings: Settings, redis_server: RedisServer, start_worker: StartWorker
+) -> None:
+    """A reply that takes longer than the time after which others would take it over."""
+    slow = start_worker(step_ms=100, tokens=60)
+    await awake(redis_server)
+    async with QueuedFish(settings) as fish:
+        asking = asyncio.create_task(fish.ask("take your time"))
+        await until(lambda: redis_server.client().xlen(REQUESTS) == 1)
+        await asyncio.sleep(0.2)
+        other = start_worker()
+        assert (await asking).text == "blub. take your time"
+    assert '"tries": 2' not in slow.log.read_text() + other.log.read_text()
+
+
+async def test_a_worker_counts_what_an_operator_asks_for(
+    settings: Settings, redis_server: RedisServer, start_worker: StartWorker
+) -> None:
+    port = free_port()
+    start_worker(GUPPY_METRICS_PORT=str(port))
+    await awake(redis_server)
+    async with QueuedFish(settings) as fish:
+        await asyncio.gather(*(fish.ask(f"{n}") for n in range(10)))
+    redis_server.client().xadd(REQUESTS, {"no": "question"})
+
+    def scrape() -> dict[Any, float]:
+        text = urllib.request.urlopen(f"http://127.0.0.1:{port}").read().decode()
+        return {
+            (sample.name, *sample.labels.values()): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+
+    await until(lambda: scrape().get(("guppy_work_total", "unreadable")) == 1)
+    await asyncio.sleep(1.2)
+    values = scrape()
+    assert values["guppy_work_total", "answered"] == 10
+    assert values["guppy_tokens_total",] == 80
+    assert values["guppy_queue_wait_seconds_count",] == values["guppy_infer_seconds_count",] == 10
+    assert values["guppy_queue_depth",] == values["guppy_queue_age_seconds",] == values["guppy_in_hand",] == 0
+    assert values["guppy_workers",] == 1
+    assert not any("person" in str(name) or "chat" in str(name) for name in values)
