@@ -56,8 +56,9 @@ def main() -> int:
     except Stopped:
         return 0
     except Refusal as refusal:
-        print(f"guppy: {refusal.sentence}", file=sys.stderr, flush=True)
+        sys.stderr.write(f"guppy: {refusal.sentence}\n")
         if refusal.exit_code is ExitCode.STUCK:
+            sys.stderr.flush()
             os._exit(refusal.exit_code)  # a normal exit would wait for the thread that hangs
         return refusal.exit_code
     return 0
@@ -66,7 +67,7 @@ def main() -> int:
 def _health(settings: Settings, role: str) -> int:
     parts = [*_with_token(settings), *([] if settings.redis_url else ["fish"])] if role == "all" else [role]
     wrong = [sentence for part in parts if (sentence := health.check(part))]
-    print(" ".join(wrong) or "ok")
+    sys.stdout.write((" ".join(wrong) or "ok") + "\n")
     return 1 if wrong else 0
 
 

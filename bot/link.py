@@ -68,7 +68,6 @@ class Link:
             "socket_timeout": None,
             "socket_connect_timeout": TIMEOUT,
             "retry": Retry(NoBackoff(), 0),  # when to try again is decided here
-            "driver_info": None,
         }
         if settings.redis_password is not None:
             options["password"] = settings.redis_password.get_secret_value()

@@ -119,7 +119,7 @@ def _secrets(settings: Settings) -> list[str]:
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    def handleError(self, record: logging.LogRecord) -> None:
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Say that a line could not be written, and where it was; logging's own report quotes its arguments."""
         at = f"{record.pathname}:{record.lineno}"
         self.stream.write(json.dumps({"event": "a log line could not be written", "at": at}) + "\n")

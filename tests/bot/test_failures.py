@@ -14,8 +14,9 @@ from bot.fish import Asleep, Busy, Confused, Reply
 from bot.queue import REQUESTS, TRIES, QueuedFish
 from bot.refusal import ExitCode
 from bot.settings import Settings
-from tests.bot.conftest import Process, StartWorker, awake, until, working
+from tests.bot.conftest import StartWorker
 from tests.standins.engine import StandInEngine
+from tests.standins.processes import Process, awake, until, working
 from tests.standins.redis_server import RedisServer
 
 

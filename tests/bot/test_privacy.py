@@ -3,7 +3,6 @@
 import asyncio
 import gc
 import json
-import urllib.request
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,8 @@ from bot.fish import Confused
 from bot.limits import RedisLimiter
 from bot.queue import REQUESTS, QueuedFish
 from bot.settings import Settings
-from tests.bot.conftest import Process, StartWorker, awake, until, working
+from tests.bot.conftest import StartWorker
+from tests.standins.processes import Process, awake, scrape, until, working
 from tests.standins.redis_server import RedisServer, free_port
 
 CANARY = "yellow-canary"
@@ -49,7 +49,7 @@ async def test_no_word_is_left_in_redis_logs_or_metrics(
         assert await asyncio.to_thread(process.exit_code, 30) == 0
     client = redis_server.client()
     await until(lambda: client.xlen(REQUESTS) == 0)
-    scraped = [urllib.request.urlopen(f"http://127.0.0.1:{port}").read().decode() for port in metrics_ports]
+    scraped = [await asyncio.to_thread(scrape, port) for port in metrics_ports]
     for worker in workers:
         worker.process.terminate()
         await asyncio.to_thread(worker.exit_code)

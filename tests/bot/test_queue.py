@@ -12,8 +12,8 @@ from prometheus_client import REGISTRY
 from bot.fish import Asleep, Busy, FishError, Reply
 from bot.queue import REQUESTS, Intake, QueuedFish, Request, UnknownVersion, Unreadable, decode
 from bot.settings import Settings
-from tests.bot.conftest import until, working
 from tests.standins.engine import StandInEngine
+from tests.standins.processes import until, working
 from tests.standins.redis_server import RedisServer
 
 WITHOUT_DEADLINE = hypothesis_settings(

@@ -2,15 +2,15 @@
 
 import asyncio
 import time
-import urllib.request
 from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from bot.queue import REQUESTS, QueuedFish
 from bot.settings import Settings
-from tests.bot.conftest import StartWorker, awake, until, working
+from tests.bot.conftest import StartWorker
 from tests.standins.engine import StandInEngine
+from tests.standins.processes import awake, scrape, until, working
 from tests.standins.redis_server import RedisServer, free_port
 
 
@@ -71,20 +71,19 @@ async def test_a_worker_counts_what_an_operator_asks_for(
         await asyncio.gather(*(fish.ask(f"{n}") for n in range(10)))
     redis_server.client().xadd(REQUESTS, {"no": "question"})
 
-    def scrape() -> dict[Any, float]:
-        text = urllib.request.urlopen(f"http://127.0.0.1:{port}").read().decode()
+    def values() -> dict[Any, float]:
         return {
             (sample.name, *sample.labels.values()): sample.value
-            for family in text_string_to_metric_families(text)
+            for family in text_string_to_metric_families(scrape(port))
             for sample in family.samples
         }
 
-    await until(lambda: scrape().get(("guppy_work_total", "unreadable")) == 1)
+    await until(lambda: values().get(("guppy_work_total", "unreadable")) == 1)
     await asyncio.sleep(1.2)
-    values = scrape()
-    assert values["guppy_work_total", "answered"] == 10
-    assert values["guppy_tokens_total",] == 80
-    assert values["guppy_queue_wait_seconds_count",] == values["guppy_infer_seconds_count",] == 10
-    assert values["guppy_queue_depth",] == values["guppy_queue_age_seconds",] == values["guppy_in_hand",] == 0
-    assert values["guppy_workers",] == 1
-    assert not any("person" in str(name) or "chat" in str(name) for name in values)
+    now = await asyncio.to_thread(values)
+    assert now["guppy_work_total", "answered"] == 10
+    assert now["guppy_tokens_total",] == 80
+    assert now["guppy_queue_wait_seconds_count",] == now["guppy_infer_seconds_count",] == 10
+    assert now["guppy_queue_depth",] == now["guppy_queue_age_seconds",] == now["guppy_in_hand",] == 0
+    assert now["guppy_workers",] == 1
+    assert not any("person" in str(name) or "chat" in str(name) for name in now)

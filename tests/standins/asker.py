@@ -10,6 +10,7 @@ as fast as replies, or `--per-second` at most.
 import argparse
 import asyncio
 import json
+import sys
 import time
 
 from bot import logs
@@ -27,7 +28,9 @@ async def _ask(fish: QueuedFish, question: str) -> None:
     except FishError as error:
         outcome = error.line
     seconds = round(time.monotonic() - started, 4)
-    print(json.dumps({"question": question, "outcome": outcome, "right": right, "seconds": seconds}), flush=True)
+    line = {"question": question, "outcome": outcome, "right": right, "seconds": seconds}
+    sys.stdout.write(json.dumps(line) + "\n")
+    sys.stdout.flush()
 
 
 async def _main(settings: Settings, name: str, questions: int, at_once: int, per_second: float) -> None:

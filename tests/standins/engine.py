@@ -106,5 +106,5 @@ if __name__ == "__main__":
     except Stopped:
         pass
     except Refusal as refusal:
-        print(refusal.sentence, file=sys.stderr)
+        sys.stderr.write(f"{refusal.sentence}\n")
         sys.exit(refusal.exit_code)
