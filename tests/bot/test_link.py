@@ -1,6 +1,7 @@
 """`bot/link.py` against a real Redis: whatever goes wrong becomes one of three errors, and none of them quotes."""
 
 import asyncio
+import re
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -141,8 +142,9 @@ async def saying(*lines: bytes) -> AsyncIterator[int]:
     left = list(lines)
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while await reader.read(65536):
-            writer.write(left.pop(0) if len(left) > 1 else left[0])
+        while data := await reader.read(65536):
+            for _ in re.findall(rb"\*\d+\r\n", data):
+                writer.write(left.pop(0) if len(left) > 1 else left[0])
 
     server = await asyncio.start_server(serve, "127.0.0.1", 0)
     try:
