@@ -13,8 +13,8 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0)
 QUESTIONS = Counter(
     "guppy_questions",
     "What became of the questions that reached an adapter: answered, the key of the line that was said or would have "
-    "been (asleep, busy, confused, too_fast, still_thinking), duplicate, stale (too old), undeliverable (the platform "
-    "refused the reply)",
+    "been (asleep, busy, confused, too_fast, still_thinking, photo...), duplicate, stale (too old), loop (too many "
+    "answers in one channel), undeliverable (the platform refused the reply)",
     ["platform", "outcome"],
 )
 REPLY_SECONDS = Histogram(
