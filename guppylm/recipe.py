@@ -55,6 +55,7 @@ class Train(_Section):
     thought_weight: float = Field(4.0, ge=0)
     reply_weight: float = Field(1.0, ge=0)
     learning_rate: float = Field(1e-3, gt=0)
+    embedding_rate: float = Field(1.0, gt=0)
     warmup: float = Field(0.05, ge=0, le=1)
     decay: float = Field(0.5, ge=0, le=1)
     weight_decay: float = Field(0.1, ge=0)

@@ -132,25 +132,54 @@ def batch_loss(model: nn.Module, rows: Rows, batch: Batch, recipe: Train, share:
     thought, reply, length = rows.thought[index, None], rows.reply[index, None], rows.length[index, None]
     weights = torch.where(at < thought, recipe.prompt_weight, torch.where(at < reply, recipe.thought_weight, recipe.reply_weight))
     weights = weights * (at < length)
+    thinking = (at >= thought) & (at < reply)
     total = weights.sum()
-    ids, targets, weights = ids[share], targets[share], weights[share]
-    # Only positions that count pass through the head, the widest matrix of all.
-    counts = weights > 0
-    logits = model(ids[:, :-1], counts)
-    losses = F.cross_entropy(logits.float(), targets[counts], reduction="none")
-    return (losses * weights[counts]).sum() / total
+    losses, kept = model(ids[share, :-1], targets[share], weights[share] > 0, thinking[share])
+    return (losses * weights[share][kept]).sum() / total
 
 
-class _Trained(nn.Module):
-    """The model as the loop calls it: logits only where there is a target."""
+class Losses(nn.Module):
+    """The model as the loop calls it: ids in, the loss of each token that counts out.
 
-    def __init__(self, model: GuppyLM) -> None:
+    A thought is chosen among thoughts (topics first, then the topic's intents), as the engine does it, and a word
+    among all tokens. Were a thought chosen among all tokens, each step would push every word's embedding away from it,
+    all in one direction, and with the embeddings tied, the words coming in would drown in what they have in common:
+    the model heard nothing for the first thousand steps.
+    """
+
+    def __init__(self, model: GuppyLM, chat: ChatFormat) -> None:
         super().__init__()
         self.model = model
+        thoughts = [*chat.topics, *(intent for intents in chat.intents.values() for intent in intents)]
+        self.thoughts: Tensor
+        self.group: Tensor
+        device = model.tok_emb.weight.device
+        # Which tokens compete: topics with topics (group 0), the intents of one topic with each other.
+        group = [0] * len(chat.topics) + [
+            number for number, intents in enumerate(chat.intents.values(), 1) for _ in intents
+        ]
+        self.register_buffer("thoughts", torch.tensor(thoughts, dtype=torch.long, device=device), persistent=False)
+        self.register_buffer("group", torch.tensor(group, dtype=torch.long, device=device), persistent=False)
+        self.first = thoughts[0] if thoughts else 0
 
-    def forward(self, ids: Tensor, counts: Tensor) -> Tensor:
-        logits: Tensor = self.model.lm_head(self.model.hidden(ids)[counts])
-        return logits
+    def forward(self, ids: Tensor, targets: Tensor, counts: Tensor, thinking: Tensor) -> tuple[Tensor, Tensor]:
+        """ids and targets (B, T); `counts` and `thinking` mark the targets that have weight and those that are
+        thoughts. Returns the loss of each that counts, (n,), and the mask (B, T) that lists them in this order."""
+        hidden = self.model.hidden(ids)
+        # Only positions that count pass through the head, the widest matrix of all.
+        hidden, targets, thinking = hidden[counts], targets[counts], thinking[counts]
+        losses = torch.zeros(len(targets), device=ids.device)
+        words = ~thinking
+        logits = self.model.lm_head(hidden[words])
+        losses[words] = F.cross_entropy(logits.float(), targets[words], reduction="none")
+        if len(self.thoughts):
+            chosen = targets[thinking] - self.first  # the ids of thoughts follow one another
+            logits = hidden[thinking] @ self.model.tok_emb.weight[self.thoughts].T
+            rivals = self.group[chosen, None] == self.group
+            losses[thinking] = F.cross_entropy(
+                logits.float().masked_fill(~rivals, float("-inf")), chosen, reduction="none"
+            )
+        return losses, counts
 
 
 def learning_rate(step: int, recipe: Train) -> float:
@@ -162,10 +191,20 @@ def learning_rate(step: int, recipe: Train) -> float:
 
 
 def make_optimizer(model: GuppyLM, recipe: Train) -> torch.optim.AdamW:
-    """AdamW; only matrices decay, not biases, norms or embeddings."""
-    decays = [p for name, p in model.named_parameters() if p.dim() == 2 and "emb" not in name]
-    rests = [p for name, p in model.named_parameters() if p.dim() != 2 or "emb" in name]
-    groups = [{"params": decays, "weight_decay": recipe.weight_decay}, {"params": rests, "weight_decay": 0.0}]
+    """AdamW; only matrices decay, not biases, norms or embeddings. Embeddings have a rate of their own: most words
+    are rare, and each of their few appearances has to count."""
+    named = dict(model.named_parameters())
+    embeddings = ["tok_emb.weight"]
+    matrices = [name for name, p in named.items() if p.dim() == 2 and "emb" not in name]
+    rest = [name for name in named if name not in matrices and name not in embeddings]
+    groups = [
+        {"params": [named[name] for name in names], "weight_decay": decay, "share_of_rate": share}
+        for names, decay, share in (
+            (matrices, recipe.weight_decay, 1.0),
+            (rest, 0.0, 1.0),
+            (embeddings, 0.0, recipe.embedding_rate),
+        )
+    ]
     return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2), fused=True)
 
 
@@ -315,7 +354,7 @@ class Run:
     def train(self, examine_every: int = 100) -> Iterator[Progress]:
         """Take the remaining steps. Ends early, with a checkpoint, when the process is asked to end."""
         recipe, stop = self.recipe.train, _Stop()
-        wrapped: nn.Module = _Trained(self.model)
+        wrapped: nn.Module = Losses(self.model, self.chat)
         if self.world > 1:
             wrapped = nn.parallel.DistributedDataParallel(wrapped)
         self.model.train()
@@ -328,7 +367,7 @@ class Run:
                     break
                 rate = learning_rate(self.step, recipe)
                 for group in self.optimizer.param_groups:
-                    group["lr"] = rate
+                    group["lr"] = rate * group["share_of_rate"]
                 with _autocast(self.device):
                     loss = batch_loss(wrapped, self.rows, batch, recipe, share)
                 # DistributedDataParallel averages gradients; the shares are parts of one sum.
