@@ -61,12 +61,17 @@ def main() -> int:
     worker = SIMULATED if arguments.simulated else REAL
     workers = [start(worker) for _ in range(arguments.workers)]
     each = arguments.questions // arguments.adapters
-    pace = str(arguments.per_second / arguments.adapters)
+    load = [
+        "--questions",
+        str(each),
+        "--per-second",
+        str(arguments.per_second / arguments.adapters),
+        "--at-once",
+        "100",
+    ]
     adapters = [
-        start(["-m", "tests.standins.asker", "--name", f"adapter{n}", "--questions", str(each)]
-              + ["--per-second", pace, "--at-once", "100"])
-        for n in range(arguments.adapters)
-    ]  # fmt: skip
+        start(["-m", "tests.standins.asker", "--name", f"adapter{n}", *load]) for n in range(arguments.adapters)
+    ]
     seconds = arguments.questions / arguments.per_second
     begun = time.monotonic()
     restarts = [begun + seconds * (n + 1) / (arguments.restarts + 1) for n in range(arguments.restarts)]

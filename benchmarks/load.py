@@ -1,0 +1,288 @@
+"""What the service carries, and what the queue costs. Each command starts its own Redis and processes.
+
+    python -m benchmarks.load people --simulated      1,000 people talk for 5 minutes: throughput, latency, memory
+    python -m benchmarks.load flood --simulated       one person floods: what the others notice of it
+    python -m benchmarks.load scale                   1, 2, 4, 8 workers with an imagined device: replies a second
+    python -m benchmarks.load overhead                one question at a time, an engine that takes no time
+    python -m benchmarks.load redis                   questions a second that one Redis carries, and what each costs it
+
+`--simulated` replaces the model with its time (tests/standins/engine.py), so that everything around it is measured.
+"""
+
+import argparse
+import asyncio
+import os
+import random
+import resource
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from bot import queue
+from bot.fish import FishError
+from bot.limits import Limiter, RedisLimiter, Verdict
+from bot.link import Link
+from bot.queue import QueuedFish
+from bot.settings import Settings
+from tests.standins.processes import Process, awake
+from tests.standins.redis_server import RedisServer
+
+
+@contextmanager
+def service(
+    workers: int, simulated: tuple[float, int] | None, **environment: str
+) -> Iterator[tuple[RedisServer, list[Process]]]:
+    """Redis and workers; `simulated` is an engine's milliseconds a step and steps a reply, None the real one."""
+    folder = Path(tempfile.mkdtemp(prefix="guppy-load-"))
+    redis = RedisServer(folder).start()
+    command = ["-m", "bot", "worker"]
+    if simulated is not None:
+        command = ["-m", "tests.standins.engine", "--step-ms", str(simulated[0]), "--tokens", str(simulated[1])]
+    environment = {"GUPPY_REDIS_URL": redis.url, "GUPPY_LOG_LEVEL": "WARNING", **environment}
+    processes = [Process(command, folder / f"worker{n}", environment) for n in range(workers)]
+    try:
+        yield redis, processes
+    finally:
+        for process in processes:
+            process.process.terminate()
+        for process in processes:
+            process.process.wait()
+        redis.kill()
+
+
+def settings_for(redis: RedisServer, **more: Any) -> Settings:
+    return Settings.model_validate({"redis_url": redis.url, **more})
+
+
+def percentiles(seconds: list[float]) -> str:
+    ordered = sorted(seconds)
+    return ", ".join(
+        f"p{p} {1000 * ordered[min(len(ordered) - 1, len(ordered) * p // 100)]:.1f} ms" for p in (50, 95, 99)
+    )
+
+
+def megabytes(pid: int) -> float:
+    """The resident memory of a process (Linux)."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
+
+
+class People:
+    """People who each ask, read the reply for `think` seconds, and ask again, as an adapter sees them."""
+
+    def __init__(self, fish: QueuedFish, limits: Limiter, think: float) -> None:
+        self.fish, self.limits, self.think = fish, limits, think
+        self.seconds: list[float] = []
+        self.outcomes: Counter[str] = Counter()
+        self._messages = 0
+
+    async def ask(self, person: str, words: str) -> None:
+        self._messages += 1
+        started = time.perf_counter()
+        async with self.limits.turn(person, f"{os.getpid()} {self._messages}") as turn:
+            if turn.verdict is not Verdict.WELCOME:
+                self.outcomes[turn.verdict.value] += 1
+                return
+            try:
+                await self.fish.ask(words)
+            except FishError as error:
+                self.outcomes[error.line] += 1
+                return
+        self.outcomes["answered"] += 1
+        self.seconds.append(time.perf_counter() - started)
+
+    async def live(self, person: str, until: float) -> None:
+        await asyncio.sleep(random.uniform(0, self.think))
+        while time.monotonic() < until:
+            await self.ask(person, f"hi guppy, {person} here, what are you doing today")
+            await asyncio.sleep(random.uniform(0.8, 1.2) * self.think)
+
+
+async def people(arguments: argparse.Namespace) -> None:
+    simulated = (arguments.step_ms, arguments.tokens) if arguments.simulated else None
+    with service(arguments.workers, simulated) as (redis, workers):
+        await awake(redis, arguments.workers)
+        settings = settings_for(redis)
+        limits = RedisLimiter(settings, "discord", settings.discord_token)
+        async with QueuedFish(settings) as fish:
+            crowd = People(fish, limits, arguments.think)
+            begun = time.monotonic()
+            until = begun + 60 * arguments.minutes
+            living = asyncio.gather(*(crowd.live(f"person {n}", until) for n in range(arguments.people)))
+            print(
+                "minute  replies/s   reply                                      memory in MB: adapter, workers, Redis"
+            )
+            minute = 0
+            while not living.done():
+                before = len(crowd.seconds)
+                started = time.monotonic()
+                await asyncio.wait([living], timeout=min(60, 15 * arguments.minutes))
+                recent = crowd.seconds[before:]
+                if not recent:
+                    break
+                minute += 1
+                with redis.client() as client:
+                    used = client.info("memory")["used_memory"] / 1e6
+                memory = f"{megabytes(os.getpid()):.0f}, {'+'.join(f'{megabytes(w.process.pid):.0f}' for w in workers)}"
+                rate = len(recent) / (time.monotonic() - started)
+                print(f"{minute:6}  {rate:9.1f}   {percentiles(recent):42} {memory}, {used:.1f}", flush=True)
+            await living
+            took = time.monotonic() - begun
+        await limits.aclose()
+    outcomes = ", ".join(f"{count} {outcome}" for outcome, count in crowd.outcomes.most_common())
+    print(f"{arguments.people} people, {took:.0f} s: {outcomes}; {len(crowd.seconds) / took:.1f} replies/s")
+    print(f"all replies: {percentiles(crowd.seconds)}")
+
+
+async def flood(arguments: argparse.Namespace) -> None:
+    simulated = (arguments.step_ms, arguments.tokens) if arguments.simulated else None
+    with service(arguments.workers, simulated) as (redis, _):
+        await awake(redis, arguments.workers)
+        settings = settings_for(redis)
+        limits = RedisLimiter(settings, "discord", settings.discord_token)
+        async with QueuedFish(settings) as fish:
+            p99 = {}
+            for name in ("warming up", "in peace", "in the flood"):
+                crowd = People(fish, limits, arguments.think)
+                flooder = People(fish, limits, 0)
+                until = time.monotonic() + (5 if name == "warming up" else arguments.seconds)
+                tasks = [asyncio.create_task(crowd.live(f"person {n}", until)) for n in range(arguments.people)]
+                while name == "in the flood" and time.monotonic() < until:
+                    tasks.append(asyncio.create_task(flooder.ask("flooder", "me me me")))
+                    await asyncio.sleep(1 / arguments.per_second)
+                await asyncio.gather(*tasks)
+                p99[name] = sorted(crowd.seconds)[len(crowd.seconds) * 99 // 100]
+                if name != "warming up":
+                    print(f"{name:13} {len(crowd.seconds)} replies to the others, {percentiles(crowd.seconds)}")
+            print(f"the flooder: {', '.join(f'{n} {outcome}' for outcome, n in flooder.outcomes.most_common())}")
+            print(f"the others' p99 in the flood is {p99['in the flood'] / p99['in peace']:.2f} of that in peace")
+        await limits.aclose()
+
+
+async def scale(arguments: argparse.Namespace) -> None:
+    print(f"an imagined device: {arguments.step_ms} ms a step, {arguments.tokens} steps a reply, 8 replies at once")
+    single = 0.0
+    for workers in (1, 2, 4, 8):
+        with service(workers, (arguments.step_ms, arguments.tokens), GUPPY_MAX_BATCH="8") as (redis, _):
+            await awake(redis, workers)
+            async with QueuedFish(settings_for(redis, queue_cap=10_000)) as fish:
+                until = time.monotonic() + arguments.seconds
+                answered = 0
+
+                async def one(fish: QueuedFish = fish, until: float = until) -> None:
+                    nonlocal answered
+                    while time.monotonic() < until:
+                        await fish.ask("hi")
+                        answered += 1
+
+                started = time.monotonic()
+                await asyncio.gather(*(one() for _ in range(workers * 24)))
+                rate = answered / (time.monotonic() - started)
+        single = single or rate
+        print(
+            f"{workers} workers: {rate:6.1f} replies/s, {rate / single / workers:.0%} of as many times one", flush=True
+        )
+
+
+async def overhead(arguments: argparse.Namespace) -> None:
+    with service(1, (0, 1)) as (redis, _):
+        await awake(redis)
+        async with QueuedFish(settings_for(redis)) as fish:
+            for at_once in (1, 8, 32):
+                seconds: list[float] = []
+
+                async def one(seconds: list[float] = seconds) -> None:
+                    started = time.perf_counter()
+                    await fish.ask("hi guppy, what are you doing today")
+                    seconds.append(time.perf_counter() - started)
+
+                for _ in range(arguments.questions // at_once):
+                    await asyncio.gather(*(one() for _ in range(at_once)))
+                print(f"{at_once:3} at once: {percentiles(seconds[len(seconds) // 10 :])}", flush=True)
+
+
+async def redis_alone(arguments: argparse.Namespace) -> None:
+    """Every step of a question through its real scripts, without adapters and workers around them."""
+    with service(0, None) as (server, _):
+        settings = settings_for(server)
+        link, intake, replies = Link(settings), queue.Intake(settings), f"{queue.TAG}:replies:{'0' * 32}"
+        await intake.tend([], 0)
+        batch, done = 128, 0
+        client = server.client()
+
+        def spent() -> float:
+            cpu = client.info("cpu")
+            return float(cpu["used_cpu_user"]) + float(cpu["used_cpu_sys"])
+
+        cpu, started = spent(), time.monotonic()
+        while time.monotonic() - started < arguments.seconds:
+            ids = [f"{random.getrandbits(128):032x}" for _ in range(batch)]
+            prompt, left = "hi guppy, what are you doing today", 20_000
+            await asyncio.gather(
+                *(
+                    link.run(
+                        queue.ENQUEUE,
+                        [queue.REQUESTS, f"{queue.TAG}:text:{id}", queue.WORKERS],
+                        *(queue.GROUP, queue.VERSION, id, replies, prompt, left, 1000, queue.KEEP, queue.AWAKE),
+                    )
+                    for id in ids
+                )
+            )
+            taken = await intake.take(batch)
+            await asyncio.gather(
+                *(
+                    link.run(
+                        queue.ANSWER,
+                        [queue.REQUESTS, f"{queue.TAG}:text:{request.id}", replies],
+                        *(queue.GROUP, request.entry, queue.VERSION, request.id, "answered", "i am swimming. " * 4),
+                    )
+                    for request in taken
+                )
+            )
+            for _ in range(0, batch, queue.COLLECT):
+                [[_, notices]] = await link.call("XREAD", "COUNT", queue.COLLECT, "STREAMS", replies, "0")
+                keys = [f"{queue.TAG}:text:{fields[3].decode()}" for _, fields in notices]
+                texts = await link.run(queue.COLLECT_REPLIES, [replies, *keys], *(entry for entry, _ in notices))
+                done += sum(text is not None for text in texts)
+        seconds, cpu = time.monotonic() - started, spent() - cpu
+        await link.aclose()
+        await intake.aclose()
+    print(f"{done} questions in {seconds:.1f} s: {done / seconds:.0f}/s through one client")
+    print(f"Redis used {cpu:.1f} s of a core, {1e6 * cpu / done:.0f} us a question: {done / cpu:.0f}/s fill one core")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
+    commands = parser.add_subparsers(required=True)
+
+    def command(name: str, run: Any, step_ms: float = 4.0, tokens: int = 12) -> argparse.ArgumentParser:
+        one = commands.add_parser(name)
+        one.set_defaults(run=run)
+        one.add_argument("--step-ms", type=float, default=step_ms, help="of the simulated engine")
+        one.add_argument("--tokens", type=int, default=tokens, help="of a simulated reply")
+        return one
+
+    for name, run, crowd in (("people", people, 1000), ("flood", flood, 200)):
+        one = command(name, run)
+        one.add_argument("--simulated", action="store_true", help="an engine that only takes the time of one")
+        one.add_argument("--people", type=int, default=crowd)
+        one.add_argument("--workers", type=int, default=2)
+        one.add_argument("--think", type=float, default=6.0, help="seconds between a reply and the next question")
+        one.add_argument("--minutes", type=float, default=5.0)
+        one.add_argument("--seconds", type=float, default=30.0)
+        one.add_argument("--per-second", type=float, default=100.0, help="messages of the flooder")
+    command("scale", scale, step_ms=20.0, tokens=10).add_argument("--seconds", type=float, default=10.0)
+    command("overhead", overhead).add_argument("--questions", type=int, default=2000)
+    command("redis", redis_alone).add_argument("--seconds", type=float, default=10.0)
+    arguments = parser.parse_args()
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(30))  # measured is the service, not print
+    asyncio.run(arguments.run(arguments))
+
+
+if __name__ == "__main__":
+    main()
