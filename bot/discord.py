@@ -331,6 +331,9 @@ class Guppy(discord.AutoShardedClient):
             return await ws_connect(str(there), compress=compress)
 
         self.http.ws_connect = elsewhere  # type: ignore[method-assign]
+        # Discord says which shard is ready; another gateway with a single one may leave it out.
+        ready = self._connection.parsers["READY"]
+        self._connection.parsers["READY"] = lambda data: ready({"shard": [0, 1], **data})
 
     async def on_ready(self) -> None:
         log.info("awake", shards=self.shard_count, servers=len(self.guilds))
@@ -393,11 +396,14 @@ class Guppy(discord.AutoShardedClient):
         await self._show(discord.Status.idle)
         while self._asleep:
             await asyncio.sleep(KNOCK)
-            if self._asleep:
-                with suppress(Asleep):
-                    with suppress(FishError):
-                        await self._fish.ask("hello")
-                    self._set_asleep(False)
+            try:
+                if self._asleep:
+                    await self._fish.ask("hello")
+            except Asleep:
+                continue
+            except FishError:
+                pass  # whoever refuses is awake
+            self._set_asleep(False)
 
     async def _show(self, status: discord.Status) -> None:
         try:
