@@ -1,10 +1,11 @@
 """Logs that an operator reads and that never say what a person typed, who it was, or a token.
 
-Lines of ours name an event and its numbers: role, request id, seconds, outcome. Two things make the promise hold for
+Lines of ours name an event and its numbers: role, request id, seconds, outcome. Three things make the promise hold for
 everything else too. Libraries are heard from INFO upwards only, whatever the level (at DEBUG, discord.py and
 python-telegram-bot write out whole messages; httpx writes the Telegram token at INFO, so it is heard from WARNING).
-And of an exception only types and places are written, never its message: `ValueError: could not parse '...'` quotes
-what it could not parse.
+Of an exception only types and places are written, never its message: `ValueError: could not parse '...'` quotes what
+it could not parse. And where python-telegram-bot reports trouble with an update it fills the whole update into its
+line ("Received data was %s"), so of its lines the blanks stay blank.
 """
 
 import asyncio
@@ -14,6 +15,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterable
+from copy import copy
 from types import TracebackType
 from typing import Any, TextIO
 from urllib.parse import unquote, urlsplit
@@ -133,6 +135,9 @@ class _Redacting(structlog.stdlib.ProcessorFormatter):
         self._secrets = secrets
 
     def format(self, record: logging.LogRecord) -> str:
+        if record.name.split(".")[0] == "telegram":
+            record = copy(record)
+            record.args = ()
         line = super().format(record)
         for secret in self._secrets:
             line = line.replace(secret, "[secret]")
