@@ -13,6 +13,7 @@ beyond the deadline is counted and dropped; nothing of a message is kept.
 """
 
 import asyncio
+import json
 import os
 import re
 import time
@@ -272,9 +273,29 @@ class _Poll(HTTPXRequest):
         code, payload = await super().do_request(*args, **kwargs)
         if code == 200:
             self.returned_at = time.monotonic()
+            payload = _readable(payload)
         elif code in (401, 404):
             self.refused.set()
         return code, payload
+
+
+def _readable(payload: bytes) -> bytes:
+    """The answer of getUpdates without the insides of updates that this client is too old to read.
+
+    One such update would fail the whole poll, which would bring it again, and again.
+    """
+    answer = json.loads(payload)
+    unreadable = 0
+    for n, update in enumerate(answer["result"]):
+        try:
+            Update.de_json(update, None)
+        except Exception:  # whatever the insides are, Telegram will not change them
+            answer["result"][n] = {"update_id": update["update_id"]}
+            unreadable += 1
+    if not unreadable:
+        return payload
+    log.warning("updates of an unknown form are skipped; a newer python-telegram-bot may know it", updates=unreadable)
+    return json.dumps(answer).encode()
 
 
 # --- the bot ---------------------------------------------------------------------------------------------------------
