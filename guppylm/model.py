@@ -121,10 +121,12 @@ class GuppyLM(nn.Module):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.lm_head.weight = self.tok_emb.weight  # what a word is like coming in, it is like going out
         self.apply(self._init)
+        # What a word is matters more than where it stands, and at first every layer adds nothing: of the ways to begin
+        # that were tried, a model that began like this listened soonest (training/LOG.md).
+        nn.init.normal_(self.pos_emb.weight, std=0.002)
         for name, parameter in self.named_parameters():
-            # Each layer adds to the residual stream twice; smaller steps keep its size even (GPT-2).
             if name.endswith(("attn.out.weight", "ffn.down.weight")):
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.num_hidden_layers))
+                nn.init.zeros_(parameter)
 
     @staticmethod
     def _init(module: nn.Module) -> None:

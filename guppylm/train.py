@@ -40,6 +40,7 @@ from guppylm.conversation import IM_END, ChatFormat
 from guppylm.datagen.dataset import Conversation
 from guppylm.model import GuppyLM, ModelConfig
 from guppylm.recipe import Recipe, Train
+from guppylm.tokenizer import train_tokenizer
 
 CHECKPOINT = "checkpoint.pt"
 LOG = "log.jsonl"
@@ -88,10 +89,12 @@ class Rows:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows that go through the model together, and how many positions of them."""
+    """Rows that go through the model together, and how many positions of them. When `listening`, they end with the
+    thought."""
 
     rows: list[int]
     positions: int
+    listening: bool
 
 
 def plan(rows: Rows, recipe: Train, epoch: int) -> list[Batch]:
@@ -114,7 +117,7 @@ def plan(rows: Rows, recipe: Train, epoch: int) -> list[Batch]:
             while group:
                 positions = group[-1][0]
                 fits = max(1, recipe.batch_tokens // positions)
-                batches.append(Batch([row for _, row in group[-fits:]], positions))
+                batches.append(Batch([row for _, row in group[-fits:]], positions, group is listening))
                 del group[-fits:]
     rng.shuffle(batches)
     return batches
@@ -131,7 +134,7 @@ def batch_loss(model: nn.Module, rows: Rows, batch: Batch, recipe: Train, share:
     at = torch.arange(1, targets.shape[1] + 1, device=ids.device)  # the position each target stands at
     thought, reply, length = rows.thought[index, None], rows.reply[index, None], rows.length[index, None]
     weights = torch.where(at < thought, recipe.prompt_weight, torch.where(at < reply, recipe.thought_weight, recipe.reply_weight))
-    weights = weights * (at < length)
+    weights = weights * (at < (reply if batch.listening else length))
     thinking = (at >= thought) & (at < reply)
     total = weights.sum()
     losses, kept = model(ids[share, :-1], targets[share], weights[share] > 0, thinking[share])
@@ -226,15 +229,15 @@ def topics_heard(model: GuppyLM, rows: Rows, chat: ChatFormat, most: int = 400) 
     return right / len(chosen)
 
 
-def make_chat(conversations: list[Conversation], recipe: Recipe) -> tuple[Tokenizer, dict[str, list[str]]]:
-    """The tokenizer and the thoughts that these training conversations need."""
-    from guppylm.tokenizer import train_tokenizer
-
+def make_chat(
+    train: list[Conversation], held_out: list[Conversation], recipe: Recipe
+) -> tuple[Tokenizer, dict[str, list[str]]]:
+    """The tokenizer of the training conversations, and the thoughts of all."""
     thoughts: dict[str, list[str]] = {}
-    for topic, intent in sorted({(c.topic, c.intent) for c in conversations}):
+    for topic, intent in sorted({(c.topic, c.intent) for c in [*train, *held_out]}):
         thoughts.setdefault(topic, []).append(intent)
-    prompts = (c.prompt for c in conversations)
-    replies = (c.reply for c in conversations)
+    prompts = (c.prompt for c in train)
+    replies = (c.reply for c in train)
     return train_tokenizer(prompts, replies, thoughts, recipe.tokenizer.vocab_size), thoughts
 
 
@@ -293,7 +296,7 @@ class Run:
             self.tokenizer = Tokenizer.from_str(self.saved["tokenizer"])
             thoughts = self.saved["thoughts"]
         else:
-            self.tokenizer, thoughts = make_chat(train, recipe)
+            self.tokenizer, thoughts = make_chat(train, held_out, recipe)
         shape = recipe.model.model_dump()
         self.config = ModelConfig(vocab_size=self.tokenizer.get_vocab_size(), thoughts=thoughts, **shape)
         self.chat = ChatFormat(self.tokenizer, self.config.max_position_embeddings, thoughts)
