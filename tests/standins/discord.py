@@ -256,7 +256,8 @@ class DiscordServer:
         """RECONNECT, as before a restart of Discord's own gateways."""
         for session in self.sessions.values():
             if session.socket is not None:
-                await session.socket.send(7)
+                socket, session.socket = session.socket, None
+                await socket.send(7)
 
     def forget_sessions(self) -> None:
         """What is resumed from now on is answered with INVALID_SESSION."""
