@@ -50,7 +50,8 @@ class Train(_Section):
     seed: int = 1
     steps: int = Field(ge=1)
     batch_tokens: int = Field(2048, ge=128)
-    listening: float = Field(0.5, ge=0, le=1)
+    only_listening: float = Field(0.4, ge=0, le=1)
+    listening: float = Field(0.4, ge=0, le=1)
     prompt_weight: float = Field(0.1, ge=0)
     thought_weight: float = Field(4.0, ge=0)
     reply_weight: float = Field(1.0, ge=0)

@@ -6,7 +6,8 @@ Two things differ from the textbook, and both are about what is shown to the mod
 
 - A thought comes before each reply (conversation.py), and its two tokens count more than the others. A small model
   learns to speak long before it learns to listen; the thought makes listening pay from the first step.
-- Listening lessons: a share of the rows ends with the thought. They cost half and teach the harder half.
+- Listening lessons: a share of the rows ends with the thought. They cost half and teach the harder half. The first
+  part of a run has nothing else: who learns to speak first has no ear for what is said.
 
 A run is a folder: `checkpoint.pt` (everything needed to go on, written every 30 seconds), `log.jsonl` (a line every
 few steps), and the model folder's own files at the end. Training continued from a checkpoint on a CPU takes the same
@@ -27,6 +28,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
@@ -97,17 +99,17 @@ class Batch:
     listening: bool
 
 
-def plan(rows: Rows, recipe: Train, epoch: int) -> list[Batch]:
-    """The batches of one epoch: rows of similar length together, in random order. Depends on nothing but the data,
-    the recipe and the epoch, so a continued run finds its place again."""
-    rng = random.Random(f"{recipe.seed}/{epoch}")
+def plan(rows: Rows, recipe: Train, listening_share: float, epoch: int) -> list[Batch]:
+    """The batches of one epoch: rows of similar length together, in random order; `listening_share` of the rows end
+    with the thought. Depends on nothing but the data and these arguments, so a continued run finds its place again."""
+    rng = random.Random(f"{recipe.seed}/{listening_share}/{epoch}")
     order = list(range(len(rows)))
     rng.shuffle(order)
     batches: list[Batch] = []
     for begin in range(0, len(order), POOL):
         listening, speaking = [], []
         for row in order[begin : begin + POOL]:
-            if rng.random() < recipe.listening:
+            if rng.random() < listening_share:
                 # The last input is the topic; the intent after it is only predicted.
                 listening.append((min(rows.thought_at[row] + 1, rows.lengths[row] - 1), row))
             else:
@@ -346,13 +348,16 @@ class Run:
             raise TrainError(f"Cannot write {self.out / CHECKPOINT}: {error}. The checkpoint before it is whole; make room, then --resume.") from None
 
     def _batches(self) -> Iterator[Batch]:
-        """The batches from the current step on."""
-        step, epoch = 0, 0
-        while True:
-            batches = plan(self.rows, self.recipe.train, epoch)
-            yield from batches[max(0, self.step - step) :]
-            step += len(batches)
-            epoch += 1
+        """The batches from the current step on: first he only listens, then he speaks, too."""
+        recipe = self.recipe.train
+        only_listening = round(recipe.only_listening * recipe.steps) if self.config.thoughts else 0
+        listening, speaking = self._epochs(1.0), self._epochs(recipe.listening if self.config.thoughts else 0.0)
+        batches = chain(islice(listening, only_listening), speaking)
+        return islice(batches, self.step, None)
+
+    def _epochs(self, listening_share: float) -> Iterator[Batch]:
+        for epoch in count():
+            yield from plan(self.rows, self.recipe.train, listening_share, epoch)
 
     def train(self, examine_every: int = 100) -> Iterator[Progress]:
         """Take the remaining steps. Ends early, with a checkpoint, when the process is asked to end."""
