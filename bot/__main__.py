@@ -1,4 +1,4 @@
-"""`python -m bot all | discord | telegram | worker | health ROLE`: the processes of the service.
+"""`python -m bot all | discord | telegram | worker | health ROLE | invite`: the processes of the service.
 
 `all` runs every adapter that has a token, with the fish in the same process, or at the far end of the queue when
 GUPPY_REDIS_URL is set. The other roles are for one process (one container) each and need Redis.
@@ -45,12 +45,16 @@ def main() -> int:
     roles.add_parser("worker", help="a fish behind GUPPY_REDIS_URL")
     check = roles.add_parser("health", help="exit 0 if ROLE works in this container; else say what is wrong and exit 1")
     check.add_argument("of", metavar="ROLE", choices=["all", *PLATFORMS, "worker"])
+    roles.add_parser("invite", help="print the links by which people add the Discord bot of the token")
     arguments = parser.parse_args()
     try:
         settings = load()
         if arguments.role == "health":
             return _health(settings, arguments.of)
         logs.configure(settings, arguments.role)
+        if arguments.role == "invite":
+            sys.stdout.write(asyncio.run(_invite(settings)) + "\n")
+            return 0
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a core file would hold what people typed
         asyncio.run(_run(settings, arguments.role))
     except Stopped:
@@ -71,6 +75,17 @@ def _health(settings: Settings, role: str) -> int:
     return 1 if wrong else 0
 
 
+async def _invite(settings: Settings) -> str:
+    _check_token(settings, "discord")
+    links: str = await _adapter("discord").invite(settings)
+    return links
+
+
+def _check_token(settings: Settings, platform: str) -> None:
+    if platform not in _with_token(settings):
+        raise Refusal(f"GUPPY_{platform.upper()}_TOKEN is not set. {PLATFORMS[platform]}", ExitCode.SETTINGS)
+
+
 def _with_token(settings: Settings) -> list[str]:
     return [platform for platform in PLATFORMS if getattr(settings, f"{platform}_token") is not None]
 
@@ -84,8 +99,8 @@ async def _run(settings: Settings, role: str) -> None:
     platforms = _with_token(settings) if role == "all" else [role] if role in PLATFORMS else []
     if role == "all" and not platforms:
         raise Refusal("No token is set: set GUPPY_DISCORD_TOKEN, GUPPY_TELEGRAM_TOKEN or both.", ExitCode.SETTINGS)
-    if role in PLATFORMS and role not in _with_token(settings):
-        raise Refusal(f"GUPPY_{role.upper()}_TOKEN is not set. {PLATFORMS[role]}", ExitCode.SETTINGS)
+    if role in PLATFORMS:
+        _check_token(settings, role)
     if role != "all" and settings.redis_url is None:
         raise Refusal(
             f"The role {role} needs GUPPY_REDIS_URL, like redis://localhost:6379/0; `python -m bot all` does without.",
