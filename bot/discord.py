@@ -59,11 +59,15 @@ SYNC = 15.0
 """Seconds for bringing the commands up to date before going on without."""
 DRAIN = 6.0
 """Seconds for the questions in hand when asked to stop."""
+CLOSE = 1.5
+"""Seconds for a farewell to the gateway, which may not say a word any more."""
 
 _DISCORD = str(Settings.model_fields["discord_api_base"].default)
 _NETWORK = (aiohttp.ClientError, OSError)  # OSError: TimeoutError too
 
 log = logs.get("discord")
+
+discord.VoiceClient.warn_nacl = discord.VoiceClient.warn_dave = False  # that voice would need more: he only writes
 
 
 def build_client(settings: Settings, fish: Fish) -> "Guppy":
@@ -93,13 +97,13 @@ async def serve(settings: Settings, fish: Fish, stop: asyncio.Event) -> None:
             except (discord.DiscordException, KeyError, *_NETWORK) as error:
                 if refusal := _refusal(error, settings):
                     raise refusal from None
-                log.warning("discord is away", seconds=pause, exc_info=error)
+                log.warning("discord is away", seconds=pause, **_kind(error))
             finally:
                 for task in (running, stopped):
                     task.cancel()
                 await asyncio.gather(running, stopped, return_exceptions=True)
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(client.close(), 1.5)
+                    await asyncio.wait_for(client.close(), CLOSE)
         with suppress(TimeoutError):
             await asyncio.wait_for(stop.wait(), pause)
         pause = min(pause * 2, 300.0)
@@ -155,6 +159,14 @@ def _refusal(error: Exception, settings: Settings) -> Refusal | None:
             ExitCode.SETTINGS,
         )
     return None
+
+
+def _kind(error: BaseException) -> dict[str, Any]:
+    """What a log may say of an error of Discord's: never its message, which may quote ours."""
+    kind: dict[str, Any] = {"error": type(error).__name__}
+    if isinstance(error, discord.HTTPException):
+        kind |= {"status": error.status, "code": error.code}
+    return kind
 
 
 # --- what is said, on the way in and on the way out ------------------------------------------------------------------
@@ -282,10 +294,9 @@ class Guppy(discord.AutoShardedClient):
     # -- life
 
     async def run_until_closed(self) -> None:
-        """Log in and stay connected. Raises what discord.py raises."""
-        async with self:
-            await self.login(self.token)
-            await self.connect()
+        """Log in and stay connected; the caller closes. Raises what discord.py raises."""
+        await self.login(self.token)
+        await self.connect()
 
     async def setup_hook(self) -> None:
         homes = self._settings.discord_home_channels
@@ -308,7 +319,7 @@ class Guppy(discord.AutoShardedClient):
         except (discord.GatewayNotFound, KeyError) as error:
             if gateway is None:
                 raise
-            log.warning("the API names no gateway; one shard at GUPPY_DISCORD_GATEWAY_URL", exc_info=error)
+            log.warning("the API names no gateway; one shard at GUPPY_DISCORD_GATEWAY_URL", **_kind(error))
         else:
             self.shard_count = self._settings.discord_shards or shards
             if self._settings.discord_api_base != _DISCORD:
@@ -352,8 +363,8 @@ class Guppy(discord.AutoShardedClient):
     async def close(self) -> None:
         for task in self._background:
             task.cancel()
-        await super().close()
         await self._limiter.aclose()
+        await super().close()
 
     async def on_error(self, event_method: str, /, *args: Any, **kwargs: Any) -> None:
         log.error("failed", at=event_method, exc_info=True)
@@ -377,7 +388,7 @@ class Guppy(discord.AutoShardedClient):
                 await self.tree.sync()
                 log.info("commands registered", commands=len(ours))
         except (discord.DiscordException, *_NETWORK) as error:
-            log.warning("could not register the commands; mentions, replies and messages work", exc_info=error)
+            log.warning("could not register the commands; mentions, replies and messages work", **_kind(error))
 
     # -- whether a worker answers, shown as presence
 
@@ -408,7 +419,7 @@ class Guppy(discord.AutoShardedClient):
         try:
             await self.change_presence(activity=self._presence, status=status)
         except (discord.DiscordException, *_NETWORK) as error:
-            log.warning("could not show the presence", exc_info=error)
+            log.warning("could not show the presence", **_kind(error))
 
     def _run(self, work: Any) -> None:
         task = asyncio.create_task(work)
@@ -488,7 +499,7 @@ class Guppy(discord.AutoShardedClient):
                     await channel.typing()
                     await asyncio.sleep(TYPING)
             except (discord.DiscordException, *_NETWORK) as error:
-                log.warning("could not show typing", exc_info=error)
+                log.warning("could not show typing", **_kind(error))
 
         task = asyncio.create_task(type_on()) if channel is not None else None
         await asyncio.sleep(0)  # so that the sign is on its way before the thinking begins
@@ -568,26 +579,28 @@ class Guppy(discord.AutoShardedClient):
         self._count(outcome, seconds=round(seconds, 3))
 
     async def _outcome(self, question: _Question, refusal: str | None) -> str:
+        reply: Reply | None = None
+        # The person's place is free again when the thinking ends: who reads the reply may ask on at once.
         async with self._limiter.turn(str(question.person), str(question.id)) as turn:
             if turn.verdict is Verdict.DUPLICATE:
                 return turn.verdict.value
             if turn.verdict is not Verdict.WELCOME:
                 refusal = turn.verdict.value
-            if refusal is None and not question.words:
-                await question.say(voice.say(question.wordless, question.locale))
-                return question.wordless
-            if refusal is None:
+            elif refusal is None and question.words:
                 try:
                     async with self._typing(question.typing_in):
                         reply = await self._ask(question.words)
                 except FishError as error:
                     refusal = error.line
-                else:
-                    await question.say(_speech(reply, question.locale))
-                    return "answered"
-            if question.answer_always or await turn.may_notice():
-                await question.say(voice.say(refusal, question.locale))
-            return refusal
+        if reply is not None:
+            await question.say(_speech(reply, question.locale))
+            return "answered"
+        if refusal is None:
+            await question.say(voice.say(question.wordless, question.locale))
+            return question.wordless
+        if question.answer_always or await turn.may_notice():
+            await question.say(voice.say(refusal, question.locale))
+        return refusal
 
     async def _ask(self, words: str) -> Reply:
         if self._thinking >= AT_ONCE:
@@ -636,12 +649,10 @@ class Guppy(discord.AutoShardedClient):
 
     def _count(self, outcome: str, error: BaseException | None = None, **numbers: float) -> None:
         metrics.QUESTIONS.labels("discord", outcome).inc()
-        if isinstance(error, discord.HTTPException):
-            log.warning(outcome, error=type(error).__name__, status=error.status, code=error.code)
-        elif error is not None:
-            log.warning(outcome, error=type(error).__name__)
-        else:
+        if error is None:
             log.info("asked", outcome=outcome, **numbers)
+        else:
+            log.warning("asked", outcome=outcome, **_kind(error))
 
 
 class _Breaker:

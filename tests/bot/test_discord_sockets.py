@@ -1,8 +1,9 @@
 """Discord over real sockets: the real client against a gateway that drops, resumes and replays, and REST that fails."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -15,8 +16,10 @@ from bot import health, voice
 from bot.fish import Asleep, Fish, FishError, Reply
 from bot.refusal import ExitCode, Refusal
 from bot.settings import Settings
-from tests.standins.discord import BOT, CHANNEL, DiscordServer, error, person, too_many
-from tests.standins.processes import until
+from tests.bot.conftest import StartWorker
+from tests.standins.discord import BOT, CHANNEL, DIRECT, PERSON, TOKEN, DiscordServer, error, person, too_many
+from tests.standins.processes import Process, until
+from tests.standins.redis_server import RedisServer
 
 
 class StandInFish:
@@ -84,6 +87,25 @@ async def test_a_command_is_deferred_and_answered() -> None:
             assert server.interactions[told]["hidden"]
 
 
+@pytest.mark.parametrize("where", ["direct", "group", "elsewhere"])
+async def test_who_added_him_for_themselves_can_use_him_everywhere(where: str) -> None:
+    async with DiscordServer() as server, serving(server, StandInFish()):
+        command = await server.command("guppy", where=where, message="hello")
+        assert await server.answer_to(command) == "blub. hello"
+        about = await server.command("about", where=where)
+        assert await server.answer_to(about) == voice.say("about")
+
+
+async def test_fixed_texts_follow_the_language_of_the_person() -> None:
+    fish = StandInFish()
+    async with DiscordServer() as server, serving(server, fish):
+        for locale, language in (("de", "de"), ("fr", "en"), ("en-GB", "en")):
+            assert await server.answer_to(await server.command("privacy", locale)) == voice.say("privacy", language)
+        fish.error = Asleep()
+        told = await server.answer_to(await server.command("guppy", "de", message="hello"))
+        assert told in voice.variants("asleep", "de")
+
+
 @pytest.mark.parametrize("how", ["cut", "close", "reconnect"])
 async def test_across_a_reconnect_with_replay_no_reply_is_lost_or_doubled(how: str) -> None:
     fish = StandInFish(seconds=0.3)
@@ -118,7 +140,7 @@ async def test_a_session_that_is_lost_is_begun_anew() -> None:
     async with DiscordServer() as server, serving(server, StandInFish()):
         await server.reply_to(await server.say("one"))
         server.forget_sessions()
-        await server.connected(within=30)
+        await server.connected(within=60)
         assert len(server.identifies) == 2
         assert await server.reply_to(await server.say("two")) == "blub. two"
 
@@ -167,7 +189,7 @@ async def test_typing_shows_while_he_thinks_and_not_longer(monkeypatch: pytest.M
         assert server.count("POST", "/typing") == 2
 
 
-@pytest.mark.parametrize(("status", "code"), [(403, 50013), (403, 50083), (404, 10003), (400, 160002)])
+@pytest.mark.parametrize(("status", "code"), [(403, 50013), (403, 50083), (404, 10003), (400, 160002), (400, 200000)])
 async def test_a_reply_that_discord_refuses_is_dropped_and_counted(status: int, code: int) -> None:
     async with DiscordServer() as server, serving(server, StandInFish()):
         server.faults.append(lambda _, path: error(status, code) if path.endswith("/messages") else None)
@@ -268,6 +290,15 @@ async def test_stopping_answers_what_is_in_hand_and_takes_nothing_more() -> None
         assert server.replies(late) == []
 
 
+async def test_a_gateway_that_falls_silent_does_not_hold_up_the_stop() -> None:
+    async with DiscordServer() as server:
+        async with serving(server, StandInFish()):
+            await server.reply_to(await server.say("hello"))
+            server.ignores_close = True
+            began = asyncio.get_running_loop().time()
+        assert asyncio.get_running_loop().time() - began < 8
+
+
 async def test_a_wrong_token_is_one_sentence_and_no_session() -> None:
     async with DiscordServer() as server:
         with pytest.raises(Refusal) as refused:
@@ -301,7 +332,7 @@ async def test_shards_are_as_many_as_discord_recommends_or_as_set() -> None:
     async with DiscordServer(shards=2) as server:
         server.faults.append(lambda _, path: None)
         async with serving(server, StandInFish()):
-            await server.connected(2, within=30)
+            await server.connected(2, within=60)
             assert [identify["shard"] for identify in server.identifies] == [[0, 2], [1, 2]]
         async with serving(server, StandInFish(), discord_shards=1):
             assert server.identifies[-1]["shard"] == [0, 1]
@@ -340,7 +371,7 @@ async def test_health_follows_the_connection_and_not_the_latency(monkeypatch: py
             server.drop()
             await until(lambda: health.check("discord") is not None)
             server.refuse_gateway = False
-            await until(lambda: health.check("discord") is None, within=30)
+            await until(lambda: health.check("discord") is None, within=60)
     assert health.check("discord") is not None
 
 
@@ -367,3 +398,101 @@ async def test_the_invite_links_ask_for_the_least() -> None:
         assert server.count("PUT", "/commands") == 0
         with pytest.raises(Refusal):
             await adapter.invite(settings(server, discord_token="not.the.token"))
+
+
+# --- the processes, as they run in a deployment
+
+
+@pytest.fixture
+def adapter_process(redis_server: RedisServer, tmp_path: Path) -> Iterator[Callable[..., Process]]:
+    """Start `python -m bot discord` on a Discord of the test: `adapter_process(server, GUPPY_DEADLINE="5")`."""
+    started: list[Process] = []
+
+    def start(server: DiscordServer, role: str = "discord", **environment: str) -> Process:
+        named = {"GUPPY_REDIS_URL": redis_server.url, **server.environment, **environment}
+        process = Process(["-m", "bot", role], tmp_path / f"discord{len(started)}", named)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.process.kill()
+        process.process.wait()
+
+
+async def test_a_question_goes_through_adapter_queue_and_worker_and_back(
+    adapter_process: Callable[..., Process], start_worker: StartWorker
+) -> None:
+    async with DiscordServer() as server:
+        worker, process = start_worker(), adapter_process(server)
+        await server.connected(within=60)
+        assert (
+            await server.reply_to(await server.say("are you hungry canary-7261")) == "blub. are you hungry canary-7261"
+        )
+        assert await server.answer_to(await server.command("guppy", message="canary-7261")) == "blub. canary-7261"
+        process.process.terminate()
+        assert process.exit_code() == 0
+        log = process.log.read_text()
+    for private in ("canary-7261", TOKEN, str(PERSON), "alice", str(DIRECT)):
+        assert private not in log
+        assert private not in worker.log.read_text()
+
+
+async def test_sigterm_answers_what_is_in_flight(
+    adapter_process: Callable[..., Process], start_worker: StartWorker
+) -> None:
+    async with DiscordServer() as server:
+        start_worker(step_ms=200, tokens=10)
+        process = adapter_process(server)
+        await server.connected(within=60)
+        message = await server.say("hello")
+        await until(lambda: server.count("POST", "/typing") == 1)
+        process.process.terminate()
+        assert await asyncio.to_thread(process.exit_code) == 0
+        assert server.replies(message) == ["blub. hello"]
+
+
+async def test_two_processes_with_one_token_give_one_reply(
+    adapter_process: Callable[..., Process], start_worker: StartWorker
+) -> None:
+    async with DiscordServer() as server:
+        start_worker()
+        for _ in range(2):
+            adapter_process(server)
+        await server.connected(2, within=60)
+        messages = [await server.say(f"hello {n}", author=person(n + 1)) for n in range(5)]
+        for n, message in enumerate(messages):
+            assert await server.reply_to(message) == f"blub. hello {n}"
+        await asyncio.sleep(1)
+        assert server.count("POST", "/messages") == 5
+
+
+async def test_the_gateway_is_not_opened_before_redis_is_there(
+    adapter_process: Callable[..., Process], redis_server: RedisServer, start_worker: StartWorker
+) -> None:
+    redis_server.kill()
+    async with DiscordServer() as server:
+        adapter_process(server)
+        await asyncio.sleep(3)
+        assert server.requests == []
+        redis_server.start()
+        start_worker()
+        await server.connected(within=60)
+        assert await server.reply_to(await server.say("hello")) == "blub. hello"
+
+
+async def test_a_wrong_token_ends_the_process_with_one_sentence(adapter_process: Callable[..., Process]) -> None:
+    async with DiscordServer() as server:
+        process = adapter_process(server, GUPPY_DISCORD_TOKEN="not.the.token")
+        assert await asyncio.to_thread(process.exit_code, 30) == ExitCode.TOKEN
+        assert process.log.read_text().splitlines()[-1].startswith("guppy: Discord refuses GUPPY_DISCORD_TOKEN.")
+        assert "Traceback" not in process.log.read_text()
+        assert "not.the.token" not in process.log.read_text()
+
+
+async def test_the_invite_command_prints_the_links(adapter_process: Callable[..., Process]) -> None:
+    async with DiscordServer() as server:
+        process = adapter_process(server, "invite")
+        assert await asyncio.to_thread(process.exit_code, 30) == 0
+        assert f"client_id={BOT}" in process.log.read_text()
+        assert len(process.log.read_text().splitlines()) == 4

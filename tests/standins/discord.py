@@ -27,6 +27,7 @@ BOT = 200_000_000_000_000_001
 GUILD = 300_000_000_000_000_001
 CHANNEL = 400_000_000_000_000_001
 DIRECT = 400_000_000_000_000_002
+ELSEWHERE = 300_000_000_000_000_002
 PERSON = 500_000_000_000_000_001
 MESSAGE_CONTENT = 1 << 15
 
@@ -100,6 +101,9 @@ class DiscordServer:
         self.acknowledges = True
         """Whether heartbeats are acknowledged."""
         self.refuse_gateway = False
+        """Whether new connections of the gateway are turned away."""
+        self.ignores_close = False
+        """Whether the gateway leaves a client's farewell unanswered."""
         self._nonces: dict[str, dict[str, Any]] = {}
         self._runner: web.AppRunner | None = None
         self.port = 0
@@ -174,8 +178,10 @@ class DiscordServer:
         await self.dispatch("MESSAGE_CREATE", message)
         return str(message["id"])
 
-    async def command(self, name: str, locale: str = "en-US", **options: Any) -> str:
-        """Somebody uses a command in the channel. The interaction's id."""
+    async def command(self, name: str, locale: str = "en-US", where: str = "server", **options: Any) -> str:
+        """Somebody uses a command in the "server", a "direct" chat, a "group", or "elsewhere": in a server that the
+        bot isn't in, by a person who has added it for themselves. The interaction's id.
+        """
         id = str(snowflake())
         kinds = {str: 3, int: 4, bool: 5}
         self.interactions[id] = {"token": f"interaction-{id}", "answer": None, "acknowledged": False, "hidden": False}
@@ -186,24 +192,27 @@ class DiscordServer:
             "type": 1,
             "options": [{"name": key, "type": kinds[type(value)], "value": value} for key, value in options.items()],
         }
-        await self.dispatch(
-            "INTERACTION_CREATE",
-            {
-                **{
-                    "id": id,
-                    "application_id": str(BOT),
-                    "type": 2,
-                    "token": self.interactions[id]["token"],
-                    "version": 1,
-                },
-                **{"channel_id": str(CHANNEL), "guild_id": str(GUILD), "data": data, "locale": locale},
-                "channel": {"id": str(CHANNEL), "type": 0, "name": "tank", "permissions": "0"},
+        interaction: dict[str, Any] = {
+            **{"id": id, "application_id": str(BOT), "type": 2, "token": self.interactions[id]["token"], "version": 1},
+            **{"data": data, "locale": locale, "app_permissions": "0", "entitlements": [], "attachment_size_limit": 0},
+        }
+        if where in ("server", "elsewhere"):
+            guild, channel = (GUILD, CHANNEL) if where == "server" else (ELSEWHERE, ELSEWHERE + 1)
+            interaction |= {
+                **{"guild_id": str(guild), "channel_id": str(channel), "context": 0, "guild_locale": "en-US"},
+                "guild": {"id": str(guild), "locale": "en-US", "features": []},
+                "channel": {"id": str(channel), "type": 0, "name": "tank", "permissions": "0", "position": 0},
                 "member": {"user": person(), "roles": [], "joined_at": "2026-01-01T00:00:00+00:00", "permissions": "0"}
                 | {"deaf": False, "mute": False, "flags": 0},
-                **{"app_permissions": "0", "entitlements": [], "authorizing_integration_owners": {"0": str(GUILD)}},
-                **{"context": 0, "guild_locale": "en-US", "attachment_size_limit": 0},
-            },
-        )
+                "authorizing_integration_owners": {"0": str(guild)} if where == "server" else {"1": str(PERSON)},
+            }
+        else:
+            interaction |= {
+                **{"channel_id": str(DIRECT), "user": person(), "context": 1 if where == "direct" else 2},
+                "channel": {"id": str(DIRECT), "type": 1 if where == "direct" else 3, "recipients": [person()]},
+                "authorizing_integration_owners": {"1": str(PERSON)},
+            }
+        await self.dispatch("INTERACTION_CREATE", interaction)
         return id
 
     async def dispatch(self, event: str, data: dict[str, Any]) -> None:
@@ -388,7 +397,7 @@ class DiscordServer:
     async def _gateway(self, request: web.Request) -> web.WebSocketResponse:
         if self.refuse_gateway:
             raise web.HTTPServiceUnavailable
-        websocket = web.WebSocketResponse()
+        websocket = web.WebSocketResponse(autoclose=False)
         await websocket.prepare(request)
         socket = _Socket(websocket, request)
         session: Session | None = None
@@ -407,6 +416,9 @@ class DiscordServer:
                 session.presences.append(data["status"])
             elif op == 6:
                 session = await self._resume(socket, data)
+        if self.ignores_close:
+            await asyncio.sleep(60)
+        await websocket.close()
         if session is not None and session.socket is socket:
             session.socket = None
         return websocket
@@ -422,7 +434,8 @@ class DiscordServer:
         shard = data.get("shard", [0, 1])
         session = Session(f"session-{snowflake()}", shard, data["intents"], [data["presence"]["status"]])
         session.socket = socket
-        self.sessions = {id: s for id, s in self.sessions.items() if s.shard != shard} | {session.id: session}
+        self.sessions = {id: s for id, s in self.sessions.items() if s.shard != shard or s.socket is not None}
+        self.sessions[session.id] = session
         await self._emit(
             session,
             "READY",
