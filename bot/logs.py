@@ -68,9 +68,8 @@ def configure(settings: Settings, role: str) -> None:
     logging.getLogger("guppy").setLevel(settings.log_level)
     for chatty in ("httpx", "httpcore", "tornado.access", "aiohttp.access"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    logging.getLogger("discord.http").setLevel(
-        logging.ERROR
-    )  # names a chat in each line on a flood limit; we count them
+    # Its warnings are of flood limits and name the chat, in the address of the call. The adapter counts them.
+    logging.getLogger("discord.http").setLevel(logging.ERROR)
     for name in list(logging.Logger.manager.loggerDict):  # a library that set a level of its own is quietened as well
         if not name.startswith("guppy") and logging.getLogger(name).level == logging.DEBUG:
             logging.getLogger(name).setLevel(logging.INFO)
