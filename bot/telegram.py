@@ -331,6 +331,7 @@ class _Guppy:
             .get_updates_request(self.poll)
             .job_queue(None)
             .post_init(self._post_init)
+            .post_stop(self._post_stop)
             .post_shutdown(self._post_shutdown)
             .build()
         )
@@ -448,6 +449,7 @@ class _Guppy:
                 for task in self._in_hand:
                     task.cancel()
                 await asyncio.gather(*self._in_hand, return_exceptions=True)
+        await self._post_stop(self.application)
         await self.application.shutdown()
         await self.application.bot.shutdown()  # the application leaves it open when it never got as far as starting
         await self._post_shutdown(self.application)
@@ -456,10 +458,12 @@ class _Guppy:
         # Beside everything else: who writes to him should not wait for his menus.
         self._introduction = asyncio.create_task(_introduce(application.bot), name="menus and descriptions")
 
-    async def _post_shutdown(self, _: App) -> None:
+    async def _post_stop(self, _: App) -> None:
         if self._introduction is not None:
             self._introduction.cancel()
             await asyncio.gather(self._introduction, return_exceptions=True)
+
+    async def _post_shutdown(self, _: App) -> None:
         await self._limiter.aclose()
 
     def _on_poll_error(self, error: TelegramError) -> None:
@@ -682,8 +686,8 @@ class _Guppy:
                 pause = _seconds(flood)
                 if clock() + pause >= until:
                     log.warning("flood control: a reply is dropped", seconds=pause)
-                    self._closed = {key: end for key, end in self._closed.items() if end > clock()}
                     self._closed[chat] = clock() + pause
+                    asyncio.get_running_loop().call_later(pause, self._closed.pop, chat, None)
                     return False
                 await asyncio.sleep(pause)
             except (Forbidden, BadRequest, ChatMigrated) as error:  # blocked, removed, closed, gone

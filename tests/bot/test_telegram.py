@@ -1,19 +1,24 @@
 """Guppy on Telegram: the real client over HTTP against a Bot API that checks every call: `bot/telegram.py`."""
 
 import asyncio
+import json
+import socket
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from bot import health, voice
 from bot import telegram as adapter
-from bot import voice
-from bot.fish import Asleep, Busy, Confused, FishError, Reply
+from bot.fish import Asleep, Busy, Confused, Reply
 from bot.refusal import ExitCode, Refusal
 from bot.settings import Settings
-from tests.standins.redis_server import free_port
+from tests.bot.conftest import StartWorker
+from tests.standins.processes import Process
+from tests.standins.redis_server import RedisServer, free_port
 from tests.standins.telegram import Chat, Fault, Json, TelegramServer
 
 
@@ -199,7 +204,7 @@ async def test_he_never_answers_edits_channels_bots_and_what_came_through_bots(
 ) -> None:
     group, anna = telegram.group(), telegram.person("Anna")
     tank = telegram.private(anna)
-    discussion = {"sender_chat": CHANNEL, "is_automatic_forward": True, "forward_origin": FROM_CHANNEL}
+    discussion: Json = {"sender_chat": CHANNEL, "is_automatic_forward": True, "forward_origin": FROM_CHANNEL}
     async with swimming(telegram, fish):
         message = await telegram.say(tank, "hi", by=anna, deliver=False)
         telegram.update("edited_message", {**message, "edit_date": int(time.time())})
@@ -286,3 +291,765 @@ async def test_a_reply_is_not_sent_twice_when_the_connection_breaks_after_it_was
         await telegram.say(tank, "again", by=anna)
         await telegram.heard(tank, 2)
     assert len(telegram.made("sendMessage")) == 2
+
+
+async def test_a_send_whose_outcome_is_unknown_is_not_repeated(telegram: TelegramServer, fish: StandInFish) -> None:
+    anna = telegram.person("Anna")
+    tank = telegram.private(anna)
+    slow = Fault(seconds=6.0)  # longer than the client waits
+    async with swimming(telegram, fish, deadline=20):
+        for n, fault in enumerate([Fault(cut="before"), Fault(status=500), Fault(status=502), slow]):
+            telegram.fail("sendMessage", fault)
+            await telegram.say(tank, f"{n}", by=anna)
+        await telegram.say(tank, "last", by=anna)
+        await telegram.until(lambda: "blub. last" in texts(telegram.said_in(tank)), 30)
+        await telegram.idle(1.5)
+    assert sorted(call.params["text"] for call in telegram.made("sendMessage")) == [
+        *(f"blub. {n}" for n in range(4)),
+        "blub. last",
+    ]
+
+
+async def test_a_reply_waits_for_a_telegram_that_cannot_be_reached_at_all(
+    telegram: TelegramServer, fish: StandInFish
+) -> None:
+    anna = telegram.person("Anna")
+    tank = telegram.private(anna)
+    fish.seconds["hi"] = 0.5
+    async with swimming(telegram, fish, deadline=10):
+        await telegram.say(tank, "hi", by=anna)
+        await telegram.until(lambda: fish.asked)
+        await telegram.close()
+        await asyncio.sleep(1.5)
+        await telegram.open()
+        assert texts(await telegram.heard(tank)) == ["blub. hi"]
+        await telegram.say(tank, "and again", by=anna)
+        await telegram.heard(tank, 2)
+    assert len(telegram.said_in(tank)) == 2
+
+
+async def test_flood_control_within_the_deadline_is_waited_for(telegram: TelegramServer, fish: StandInFish) -> None:
+    anna = telegram.person("Anna")
+    tank = telegram.private(anna)
+    async with swimming(telegram, fish):
+        telegram.fail("sendMessage", Fault(retry_after=1))
+        began = time.monotonic()
+        await telegram.say(tank, "hi", by=anna)
+        await telegram.heard(tank)
+        assert time.monotonic() - began >= 1
+    assert texts(telegram.said_in(tank)) == ["blub. hi"]
+
+
+async def test_flood_control_beyond_the_deadline_is_a_drop_and_nothing_knocks_meanwhile(
+    telegram: TelegramServer, fish: StandInFish
+) -> None:
+    anna, ben = telegram.person("Anna"), telegram.person("Ben")
+    tank, other = telegram.private(anna), telegram.private(ben)
+    async with swimming(telegram, fish, deadline=2):
+        telegram.fail("sendMessage", Fault(retry_after=60))
+        await telegram.say(tank, "one", by=anna)
+        await telegram.until(lambda: telegram.made("sendMessage"))
+        await telegram.idle()
+        await telegram.say(tank, "two", by=anna)
+        await telegram.say(other, "hi", by=ben)
+        await telegram.heard(other)
+        await telegram.idle()
+    assert telegram.said_in(tank) == []
+    assert fish.asked == ["one", "hi"]
+    assert len(telegram.made("sendMessage")) == 2
+
+
+async def test_a_slow_answer_delays_no_other_chat(telegram: TelegramServer, fish: StandInFish) -> None:
+    people = [telegram.person(f"{n}") for n in range(100)]
+    fish.seconds |= {f"slow {n}": 4.0 for n in range(99)}
+    async with swimming(telegram, fish):
+        for n, person in enumerate(people[:99]):
+            await telegram.say(telegram.private(person), f"slow {n}", by=person)
+        await telegram.until(lambda: len(fish.asked) == 99)
+        await telegram.say(telegram.private(people[99]), "hi", by=people[99])
+        await telegram.heard(telegram.private(people[99]), within=3)
+        assert sum(len(telegram.said_in(telegram.private(person))) for person in people[:99]) == 0
+
+
+async def test_in_a_group_replies_keep_the_order_of_the_questions_while_the_fish_hears_all_at_once(
+    telegram: TelegramServer, fish: StandInFish
+) -> None:
+    group = telegram.group()
+    fish.seconds |= {"0": 2.0, "1": 1.5, "2": 0.0}
+    async with swimming(telegram, fish):
+        began = time.monotonic()
+        for n in range(3):
+            await telegram.say(group, f"/guppy {n}", by=telegram.person(f"{n}"))
+        assert texts(await telegram.heard(group, 3)) == ["blub. 0", "blub. 1", "blub. 2"]
+        assert time.monotonic() - began < 3.3
+
+
+@pytest.mark.parametrize("description", ["bot was blocked by the user", "bot was kicked from the supergroup chat"])
+async def test_where_he_may_not_write_he_drops_the_reply_and_goes_on(
+    telegram: TelegramServer, fish: StandInFish, description: str
+) -> None:
+    anna, ben = telegram.person("Anna"), telegram.person("Ben")
+    async with swimming(telegram, fish):
+        telegram.private(anna).closed_to_bot = description
+        await telegram.say(telegram.private(anna), "hi", by=anna)
+        await telegram.say(telegram.private(ben), "hi", by=ben)
+        await telegram.heard(telegram.private(ben))
+        await telegram.idle()
+    assert len(telegram.made("sendMessage")) == 2
+
+
+# --- typing, kinds, and what cannot be answered ----------------------------------------------------------------------
+
+
+async def test_he_is_seen_typing_once_and_only_when_it_takes_a_while(
+    telegram: TelegramServer, fish: StandInFish
+) -> None:
+    anna = telegram.person("Anna")
+    tank = telegram.private(anna)
+    fish.seconds["slow"] = 2.0
+    async with swimming(telegram, fish):
+        await telegram.say(tank, "fast", by=anna)
+        await telegram.heard(tank)
+        assert telegram.made("sendChatAction") == []
+        await telegram.say(tank, "slow", by=anna)
+        await telegram.heard(tank, 2)
+    [typing] = telegram.made("sendChatAction")
+    assert typing.params["action"] == "typing"
+
+
+@pytest.mark.parametrize("fault", [Fault(retry_after=30), Fault(status=500), Fault(cut="after"), Fault(seconds=9)])
+async def test_a_failing_typing_call_costs_nothing(telegram: TelegramServer, fish: StandInFish, fault: Fault) -> None:
+    anna = telegram.person("Anna")
+    tank = telegram.private(anna)
+    fish.seconds["slow"] = 1.2
+    async with swimming(telegram, fish):
+        telegram.fail("sendChatAction", fault)
+        await telegram.say(tank, "slow", by=anna)
+        await telegram.heard(tank, within=5)
+    assert len(telegram.made("sendChatAction")) == 1
+
+
+KINDS: list[tuple[str, Any, str]] = [
+    ("sticker", STICKER, "sticker"),
+    ("photo", PHOTO, "photo"),
+    ("voice", {**FILE, "duration": 1}, "voice"),
+    ("audio", {**FILE, "duration": 1}, "voice"),
+    ("video", {**FILE, "width": 1, "height": 1, "duration": 1}, "video"),
+    ("video_note", {**FILE, "length": 1, "duration": 1}, "video"),
+    ("animation", {**FILE, "width": 1, "height": 1, "duration": 1}, "video"),
+    ("document", FILE, "file"),
+    ("dice", {"emoji": "🎲", "value": 3}, "dice"),
+    ("location", {"latitude": 1.0, "longitude": 1.0}, "location"),
+    ("contact", {"phone_number": "1", "first_name": "x"}, "contact"),
+    ("game", {"title": "x", "description": "x", "photo": PHOTO}, "something_else"),
+    (
+        "poll",
+        {
+            **{"id": "1", "question": "x", "options": [], "total_voter_count": 0, "is_closed": False},
+            **{"is_anonymous": True, "type": "regular", "allows_multiple_answers": False},
+            **{"allows_revoting": False, "members_only": False},
+        },
+        "poll",
+    ),
+]
+
+
+@pytest.mark.parametrize(("field", "value", "line"), KINDS, ids=[kind[0] for kind in KINDS])
+async def test_in_private_what_is_no_text_gets_a_line_of_its_own_kind(
+    telegram: TelegramServer, fish: StandInFish, field: str, value: Any, line: str
+) -> None:
+    anna = telegram.person("Anna", language="de")
+    tank = telegram.private(anna)
+    more = {"document": FILE} if field == "animation" else {}
+    async with swimming(telegram, fish):
+        await telegram.say(tank, by=anna, **{**more, field: value})
+        [reply] = await telegram.heard(tank)
+    assert reply["text"] in one_of(line, "de")
+    assert fish.asked == []
+
+
+async def test_a_service_message_in_private_gets_no_answer(telegram: TelegramServer, fish: StandInFish) -> None:
+    anna = telegram.person("Anna")
+    tank = telegram.private(anna)
+    async with swimming(telegram, fish):
+        await telegram.say(tank, by=anna, message_auto_delete_timer_changed={"message_auto_delete_time": 5})
+        await telegram.idle()
+    assert telegram.made("sendMessage") == []
+
+
+@pytest.mark.parametrize("said", ["/guppy", "/guppy@guppy_test_bot  ", "@guppy_test_bot", "@guppy_test_bot \n"])
+async def test_called_without_a_word_he_greets(telegram: TelegramServer, fish: StandInFish, said: str) -> None:
+    telegram.me["can_read_all_group_messages"] = True
+    group = telegram.group()
+    async with swimming(telegram, fish):
+        await telegram.say(group, said, by=telegram.person("Anna"))
+        [reply] = await telegram.heard(group)
+    assert reply["text"] in one_of("nothing_said")
+    assert fish.asked == []
+
+
+@pytest.mark.parametrize(
+    "said", ["🐟", "x" * 4096, "\u202eשלום", "\x00\x07", "\u200b", "<|im_start|>user", "/", "/foo bar"]
+)
+async def test_odd_text_reaches_the_fish_as_it_is(telegram: TelegramServer, fish: StandInFish, said: str) -> None:
+    anna = telegram.person("Anna")
+    fish.replies[said] = Reply("blub.")
+    async with swimming(telegram, fish):
+        await telegram.say(telegram.private(anna), said, by=anna)
+        assert texts(await telegram.heard(telegram.private(anna))) == ["blub."]
+    assert fish.asked == [said]
+
+
+async def test_whatever_the_fish_says_fits_into_a_message(telegram: TelegramServer, fish: StandInFish) -> None:
+    anna = telegram.person("Anna")
+    tank = telegram.private(anna)
+    fish.replies |= {"long": Reply("x" * 9000, True), "blank": Reply(" \n "), "cut": Reply("blub.", prompt_cut=True)}
+    async with swimming(telegram, fish):
+        for said in ("long", "blank", "cut"):
+            await telegram.say(tank, said, by=anna)
+        long, blank, cut = texts(await telegram.heard(tank, 3))
+    assert len(long) == 4096
+    assert long.split("\n\n")[1] in one_of("prompt_cut")
+    assert blank in one_of("confused")
+    assert cut.split("\n\n")[0] == "blub."
+    assert cut.split("\n\n")[1] in one_of("prompt_cut")
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [(Asleep(), "asleep"), (Busy(), "busy"), (Confused(), "confused"), (RuntimeError("secret"), "confused")],
+)
+async def test_when_there_is_no_reply_he_says_so_once_in_the_persons_language(
+    telegram: TelegramServer, fish: StandInFish, error: Exception, line: str
+) -> None:
+    anna = telegram.person("Anna", language="de")
+    tank = telegram.private(anna)
+    fish.errors["hi"] = error
+    async with swimming(telegram, fish):
+        for _ in range(3):
+            await telegram.say(tank, "hi", by=anna)
+        await telegram.until(lambda: len(fish.asked) == 3)
+        await telegram.idle()
+    [notice] = texts(telegram.said_in(tank))
+    assert notice in one_of(line, "de")
+
+
+async def test_a_fish_that_never_answers_is_asleep_at_the_deadline(telegram: TelegramServer, fish: StandInFish) -> None:
+    anna = telegram.person("Anna")
+    fish.seconds["hi"] = 60
+    async with swimming(telegram, fish, deadline=1):
+        await telegram.say(telegram.private(anna), "hi", by=anna)
+        [reply] = await telegram.heard(telegram.private(anna), within=5)
+    assert reply["text"] in one_of("asleep")
+
+
+# --- how much one may ask --------------------------------------------------------------------------------------------
+
+
+async def test_messages_in_a_row_wait_for_each_other(telegram: TelegramServer, fish: StandInFish) -> None:
+    anna = telegram.person("Anna")
+    tank = telegram.private(anna)
+    fish.seconds["one"] = 0.5
+    async with swimming(telegram, fish, person_burst=4, person_per_minute=12):
+        for said in ("one", "two", "three"):
+            await telegram.say(tank, said, by=anna)
+        assert texts(await telegram.heard(tank, 3)) == ["blub. one", "blub. two", "blub. three"]
+
+
+async def test_a_flood_gets_a_few_answers_and_one_notice_and_others_notice_nothing(
+    telegram: TelegramServer, fish: StandInFish
+) -> None:
+    anna, ben = telegram.person("Anna"), telegram.person("Ben")
+    tank = telegram.private(anna)
+    fish.seconds |= {f"{n}": 0.2 for n in range(100)}
+    async with swimming(telegram, fish, person_burst=4, person_per_minute=1):
+        for n in range(100):
+            await telegram.say(tank, f"{n}", by=anna)
+        await telegram.say(telegram.private(ben), "hi", by=ben)
+        await telegram.heard(telegram.private(ben), within=5)
+        await telegram.idle(1.5)
+    said = texts(telegram.said_in(tank))
+    assert [text for text in said if text.startswith("blub")] == ["blub. 0", "blub. 1", "blub. 2", "blub. 3"]
+    assert len(said) == 5
+    assert set(said) & (one_of("still_thinking") | one_of("too_fast"))
+
+
+async def test_the_limit_of_a_person_holds_across_processes(
+    telegram: TelegramServer, fish: StandInFish, redis_server: RedisServer
+) -> None:
+    anna = telegram.person("Anna")
+    limited = {"person_burst": 2, "person_per_minute": 1, "redis_url": redis_server.url}
+    async with TelegramServer() as second, swimming(telegram, fish, **limited), swimming(second, fish, **limited):
+        for server in (telegram, second):
+            for n in range(2):
+                await server.say(server.private(anna), f"{server.port} {n}", by=anna)
+                await server.idle(0.3)
+    assert fish.asked == [f"{telegram.port} 0", f"{telegram.port} 1"]
+
+
+@pytest.mark.parametrize(
+    ("age", "answered"), [(100, True), (119, True), (130, False), (80_000, False), (200_000, True)]
+)
+async def test_a_backlog_is_answered_up_to_two_minutes_old(
+    telegram: TelegramServer, fish: StandInFish, age: float, answered: bool
+) -> None:
+    """Telegram keeps nothing for longer than a day: an older date says that a clock is wrong, not that it is old."""
+    anna = telegram.person("Anna")
+    await telegram.say(telegram.private(anna), "hi", by=anna, age=age)
+    async with swimming(telegram, fish):
+        if answered:
+            await telegram.heard(telegram.private(anna))
+        await telegram.idle()
+    assert fish.asked == ["hi"] * answered
+    assert len(telegram.made("sendMessage")) == answered
+
+
+# --- commands, menus, descriptions -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("language", ["en", "de", "xx", None])
+@pytest.mark.parametrize("command", ["start", "about", "privacy"])
+async def test_each_command_has_its_text_in_the_persons_language(
+    telegram: TelegramServer, fish: StandInFish, command: str, language: str | None
+) -> None:
+    anna, group = telegram.person("Anna", language=language), telegram.group()
+    async with swimming(telegram, fish):
+        await telegram.say(telegram.private(anna), f"/{command}", by=anna)
+        await telegram.say(group, f"/{command}@guppy_test_bot and more", by=anna)
+        [private] = await telegram.heard(telegram.private(anna))
+        [public] = await telegram.heard(group)
+    assert private["text"] == public["text"] == voice.say(command, language)
+    assert fish.asked == []
+
+
+async def test_help_tells_the_truth_about_mentions_also_when_it_changes(
+    telegram: TelegramServer, fish: StandInFish
+) -> None:
+    anna = telegram.person("Anna")
+    tank = telegram.private(anna)
+    async with swimming(telegram, fish):
+        await telegram.say(tank, "/help", by=anna)
+        await telegram.heard(tank)
+        telegram.me["can_read_all_group_messages"] = True
+        await telegram.say(tank, "/help", by=anna)
+        await telegram.heard(tank, 2)
+        telegram.fail("getMe", Fault(status=500))
+        await telegram.say(tank, "/help", by=anna)
+        off, on, still_on = texts(await telegram.heard(tank, 3))
+    assert voice.say("help_mentions_off") in off
+    assert voice.say("help_mentions_on") in on
+    assert still_on == on
+
+
+async def test_menus_and_descriptions_are_set_once_per_scope_and_language(
+    telegram: TelegramServer, fish: StandInFish
+) -> None:
+    setters = ("setMyCommands", "setMyDescription", "setMyShortDescription")
+
+    def done() -> bool:
+        return len(telegram.made("getMyShortDescription")) == starts * len(voice.languages())
+
+    starts = 1
+    async with swimming(telegram, fish):
+        await telegram.until(done)
+        await telegram.idle()
+    assert [len(telegram.made(setter)) for setter in setters] == [4, 2, 2]
+    private = telegram.texts["commands", "all_private_chats", ""]
+    group = telegram.texts["commands", "all_group_chats", "de"]
+    assert [command["command"] for command in private] == ["start", "help", "about", "privacy"]
+    assert [command["command"] for command in group] == ["guppy", "help", "about", "privacy"]
+    assert group[0]["description"] == voice.say("describe_guppy", "de")
+    assert telegram.texts["description", "default", ""] == voice.say("bot_description")
+    assert telegram.texts["short_description", "default", "de"] == voice.say("bot_short_description", "de")
+
+    starts = 2
+    telegram.texts["description", "default", "de"] = "an older one"
+    async with swimming(telegram, fish):
+        await telegram.until(done)
+        await telegram.idle()
+    assert [len(telegram.made(setter)) for setter in setters] == [4, 3, 2]
+
+
+@pytest.mark.parametrize("fault", [Fault(retry_after=600), Fault(status=500), Fault(cut="before"), Fault(seconds=60)])
+async def test_menus_that_cannot_be_set_are_a_warning(
+    telegram: TelegramServer, fish: StandInFish, fault: Fault
+) -> None:
+    anna = telegram.person("Anna")
+    telegram.fail("setMyCommands", *[fault] * 4)
+    async with swimming(telegram, fish) as serving:
+        await telegram.until(lambda: telegram.made("setMyCommands"))
+        await telegram.say(telegram.private(anna), "hi", by=anna)
+        await telegram.heard(telegram.private(anna), within=5)
+        assert not serving.done()
+
+
+# --- guest mode and inline use ---------------------------------------------------------------------------------------
+
+
+async def test_as_a_guest_he_answers_where_he_is_no_member(telegram: TelegramServer, fish: StandInFish) -> None:
+    anna, elsewhere = telegram.person("Anna", language="de"), telegram.group("elsewhere")
+    async with swimming(telegram, fish, telegram_guest=True):
+        asked = await telegram.ask_as_guest(elsewhere, "🐟 @guppy_test_bot are you hungry", by=anna)
+        bare = await telegram.ask_as_guest(elsewhere, "@guppy_test_bot", by=anna)
+        other = await telegram.ask_as_guest(elsewhere, "@guppy_test_bot hi", by=OTHER_BOT)
+        await telegram.until(lambda: len(telegram.guest_answers) == 2)
+        await telegram.idle()
+    content = telegram.guest_answers[asked]["input_message_content"]
+    assert content["message_text"] == "blub. 🐟 are you hungry"
+    assert content["link_preview_options"] == {"is_disabled": True}
+    assert "parse_mode" not in content
+    assert telegram.guest_answers[bare]["input_message_content"]["message_text"] in one_of("nothing_said", "de")
+    assert other not in telegram.guest_answers
+    assert telegram.made("sendMessage") == telegram.made("sendChatAction") == []
+    assert telegram.made("getUpdates")[0].params["allowed_updates"] == ["message", "guest_message"]
+
+
+async def test_inline_he_hears_what_stands_still_and_offers_his_reply(
+    telegram: TelegramServer, fish: StandInFish
+) -> None:
+    anna = telegram.person("Anna")
+    async with swimming(telegram, fish, telegram_inline=True):
+        for n in range(1, 6):
+            last = telegram.type_inline(anna, "hello"[:n])
+            await asyncio.sleep(0.1)
+        await telegram.until(lambda: telegram.inline_answers)
+        empty = telegram.type_inline(anna, " ")
+        await telegram.until(lambda: empty in telegram.inline_answers)
+    assert fish.asked == ["hello"]
+    assert set(telegram.inline_answers) == {last, empty}
+    [offer] = telegram.inline_answers[last]
+    assert offer["description"] == "blub. hello"
+    assert offer["input_message_content"]["message_text"] == "hello\n\nguppy: blub. hello"
+    answer = telegram.made("answerInlineQuery")[0].params
+    assert answer["cache_time"] == 0
+    assert answer["is_personal"] is True
+
+
+async def test_an_inline_query_that_gets_no_reply_gets_no_notice(telegram: TelegramServer, fish: StandInFish) -> None:
+    anna = telegram.person("Anna")
+    fish.errors["hello"] = Busy()
+    async with swimming(telegram, fish, telegram_inline=True):
+        telegram.type_inline(anna, "hello")
+        await telegram.until(lambda: fish.asked)
+        await telegram.idle()
+    assert telegram.inline_answers == {}
+
+
+async def test_without_the_settings_guests_and_inline_queries_are_not_even_fetched(
+    telegram: TelegramServer, fish: StandInFish
+) -> None:
+    anna = telegram.person("Anna")
+    async with swimming(telegram, fish):
+        await telegram.ask_as_guest(telegram.group(), "@guppy_test_bot hi", by=anna)
+        telegram.type_inline(anna, "hi")
+        await telegram.idle(1.0)
+    assert fish.asked == []
+
+
+# --- life ------------------------------------------------------------------------------------------------------------
+
+
+async def test_a_restart_neither_loses_nor_repeats_a_question(telegram: TelegramServer, fish: StandInFish) -> None:
+    anna = telegram.person("Anna")
+    tank = telegram.private(anna)
+    async with swimming(telegram, fish):
+        await telegram.say(tank, "one", by=anna)
+        await telegram.heard(tank)
+    await telegram.say(tank, "two", by=anna)
+    async with swimming(telegram, fish):
+        await telegram.heard(tank, 2)
+        await telegram.idle()
+    assert texts(telegram.said_in(tank)) == ["blub. one", "blub. two"]
+
+
+async def test_an_update_that_comes_again_is_not_answered_again(telegram: TelegramServer, fish: StandInFish) -> None:
+    anna = telegram.person("Anna")
+    tank = telegram.private(anna)
+    async with swimming(telegram, fish):
+        message = await telegram.say(tank, "hi", by=anna)
+        await telegram.heard(tank)
+        telegram.update("message", message)
+        await telegram.idle()
+    assert texts(telegram.said_in(tank)) == ["blub. hi"]
+
+
+async def test_an_update_of_unknown_form_is_skipped_and_its_neighbours_are_answered(
+    telegram: TelegramServer, fish: StandInFish
+) -> None:
+    anna = telegram.person("Anna")
+    tank = telegram.private(anna)
+    await telegram.say(tank, "one", by=anna)
+    telegram.update("message", {"from": anna, "text": "a message from the future"})
+    telegram.update("something_new", {"text": "hi"})
+    await telegram.say(tank, "two", by=anna)
+    async with swimming(telegram, fish):
+        assert texts(await telegram.heard(tank, 2)) == ["blub. one", "blub. two"]
+        await telegram.idle()
+    assert len(telegram.made("getUpdates")) < 6
+
+
+async def test_failing_polls_are_tried_again(telegram: TelegramServer, fish: StandInFish) -> None:
+    anna = telegram.person("Anna")
+    async with swimming(telegram, fish):
+        telegram.fail(
+            "getUpdates",
+            Fault(status=500),
+            Fault(cut="before"),
+            Fault(retry_after=1),
+            Fault(status=502),
+            Fault(cut="after"),
+        )
+        await telegram.say(telegram.private(anna), "hi", by=anna)
+        await telegram.heard(telegram.private(anna), within=20)
+        await telegram.idle()
+    assert texts(telegram.said_in(telegram.private(anna))) == ["blub. hi"]
+
+
+async def test_two_pollers_are_reported_once_and_back_off(
+    telegram: TelegramServer, fish: StandInFish, capsys: pytest.CaptureFixture[str]
+) -> None:
+    conflict = Fault(status=409, description="Conflict: terminated by other getUpdates request")
+    anna = telegram.person("Anna")
+    async with swimming(telegram, fish):
+        await telegram.idle()
+        telegram.fail("getUpdates", *[conflict] * 3)
+        began, before = time.monotonic(), len(telegram.made("getUpdates"))
+        await telegram.say(telegram.private(anna), "hi", by=anna)
+        await telegram.until(lambda: len(telegram.made("getUpdates")) >= before + 4)
+        assert time.monotonic() - began > 1 + 1.5
+        await telegram.say(telegram.private(anna), "hello", by=anna)
+        await telegram.heard(telegram.private(anna))
+    assert capsys.readouterr().out.count("only one may") == 1
+
+
+async def test_it_waits_for_a_telegram_that_is_away_at_the_start(fish: StandInFish) -> None:
+    telegram = TelegramServer(free_port())
+    stop = asyncio.Event()
+    serving = asyncio.create_task(adapter.serve(settings_for(telegram), fish, stop))
+    await asyncio.sleep(1.5)
+    assert not serving.done()
+    async with telegram:
+        anna = telegram.person("Anna")
+        telegram.fail("getMe", Fault(status=502), Fault(retry_after=1))
+        telegram.fail("deleteWebhook", Fault(status=500))
+        await telegram.say(telegram.private(anna), "hi", by=anna)
+        await telegram.heard(telegram.private(anna))
+        stop.set()
+        await serving
+    assert telegram.violations == []
+
+
+async def test_it_can_be_stopped_while_it_waits(fish: StandInFish) -> None:
+    stop = asyncio.Event()
+    serving = asyncio.create_task(adapter.serve(settings_for(TelegramServer(free_port())), fish, stop))
+    await asyncio.sleep(0.3)
+    stop.set()
+    await asyncio.wait_for(serving, 2)
+
+
+async def refused(telegram: TelegramServer, fish: StandInFish, **more: Any) -> Refusal:
+    with pytest.raises(Refusal) as refusal:
+        await asyncio.wait_for(adapter.serve(settings_for(telegram, **more), fish, asyncio.Event()), 10)
+    assert telegram.token not in refusal.value.sentence
+    return refusal.value
+
+
+async def test_a_wrong_token_is_refused(telegram: TelegramServer, fish: StandInFish) -> None:
+    refusal = await refused(telegram, fish, telegram_token="123:wrong")
+    assert refusal.exit_code is ExitCode.TOKEN
+    assert "GUPPY_TELEGRAM_TOKEN" in refusal.sentence
+    assert "@BotFather" in refusal.sentence
+    assert "123:wrong" not in refusal.sentence
+
+
+async def test_a_token_that_is_revoked_while_it_runs_ends_it(telegram: TelegramServer, fish: StandInFish) -> None:
+    async def run() -> None:
+        async with swimming(telegram, fish) as serving:
+            telegram.token = "123:another"
+            telegram.update("message", {})
+            await asyncio.wait([serving], timeout=10)
+
+    with pytest.raises(Refusal) as refusal:
+        await run()
+    assert refusal.value.exit_code is ExitCode.TOKEN
+
+
+async def test_a_stop_answers_what_is_in_hand_and_leaves_the_rest_for_the_next_start(
+    telegram: TelegramServer, fish: StandInFish
+) -> None:
+    anna = telegram.person("Anna")
+    tank = telegram.private(anna)
+    fish.seconds["one"] = 1.5
+    async with swimming(telegram, fish):
+        await telegram.say(tank, "one", by=anna)
+        await telegram.until(lambda: fish.asked)
+    assert texts(telegram.said_in(tank)) == ["blub. one"]
+    await telegram.say(tank, "two", by=anna)
+    async with swimming(telegram, fish):
+        await telegram.heard(tank, 2)
+    assert texts(telegram.said_in(tank)) == ["blub. one", "blub. two"]
+
+
+async def test_a_stop_takes_no_longer_than_eight_seconds_whatever_hangs(
+    telegram: TelegramServer, fish: StandInFish
+) -> None:
+    anna = telegram.person("Anna")
+    fish.seconds["hang"] = 100
+    async with swimming(telegram, fish, deadline=100):
+        await telegram.say(telegram.private(anna), "hang", by=anna)
+        await telegram.until(lambda: fish.asked)
+        telegram.fail("getUpdates", Fault(seconds=100))
+        began = time.monotonic()
+    assert time.monotonic() - began < 8
+
+
+async def test_it_is_healthy_while_polls_return(
+    telegram: TelegramServer, fish: StandInFish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter, "SILENT", 2.0)
+    monkeypatch.setattr(adapter, "POLL", 1)
+    monkeypatch.setattr(health, "STALE", 1.5)
+    async with swimming(telegram, fish):
+        await asyncio.sleep(2.5)
+        assert health.check("telegram") is None
+        await telegram.close()
+        await telegram.until(lambda: health.check("telegram") is not None)
+        await telegram.open()
+        await telegram.until(lambda: health.check("telegram") is None)
+    assert health.check("telegram") is not None
+
+
+# --- webhook ---------------------------------------------------------------------------------------------------------
+
+
+def webhook(port: int, **more: Any) -> dict[str, Any]:
+    return {
+        "telegram_webhook_url": "https://fish.example/hooks/telegram",
+        "telegram_webhook_secret": "a_secret-1",
+        "telegram_webhook_port": port,
+        **more,
+    }
+
+
+async def test_behind_a_webhook_he_answers_and_believes_only_who_knows_the_secret(
+    telegram: TelegramServer, fish: StandInFish
+) -> None:
+    anna, port = telegram.person("Anna"), free_port()
+    tank = telegram.private(anna)
+    async with swimming(telegram, fish, **webhook(port)):
+        await telegram.until(lambda: open_at(port))
+        telegram.replicas = [f"http://127.0.0.1:{port}"]
+        await telegram.say(tank, "hi", by=anna)
+        await telegram.heard(tank)
+        telegram.webhook["secret_token"] = "forged"
+        await telegram.say(tank, "forged", by=anna)
+        await telegram.until(lambda: telegram.refused_by_webhook)
+    assert fish.asked == ["hi"]
+    assert telegram.made("setWebhook")[0].params == {
+        "url": "https://fish.example/hooks/telegram",
+        "max_connections": 100,
+        "allowed_updates": ["message"],
+        "secret_token": "a_secret-1",
+    }
+    assert telegram.made("getUpdates") == []
+
+
+async def test_several_replicas_share_a_webhook_and_a_call_that_comes_twice_is_answered_once(
+    telegram: TelegramServer, fish: StandInFish, redis_server: RedisServer
+) -> None:
+    ports = [free_port(), free_port()]
+    people = [telegram.person(f"{n}") for n in range(20)]
+    redis = {"redis_url": redis_server.url}
+    async with (
+        swimming(telegram, fish, **webhook(ports[0], **redis)),
+        swimming(telegram, fish, **webhook(ports[1], **redis)),
+    ):
+        await telegram.until(lambda: all(map(open_at, ports)))
+        telegram.replicas = [f"http://127.0.0.1:{port}" for port in ports]
+        for person in people:
+            message = await telegram.say(telegram.private(person), "hi", by=person)
+            telegram.update("message", message)
+        for person in people:
+            await telegram.heard(telegram.private(person))
+        await telegram.idle()
+    assert len(telegram.made("sendMessage")) == 20
+
+
+async def test_a_webhook_that_telegram_does_not_take_is_refused_with_its_reason(
+    telegram: TelegramServer, fish: StandInFish
+) -> None:
+    telegram.fail("setWebhook", Fault(status=400, description="Bad Request: bad webhook: Failed to resolve host"))
+    refusal = await refused(telegram, fish, **webhook(free_port()))
+    assert refusal.exit_code is ExitCode.SETTINGS
+    assert "GUPPY_TELEGRAM_WEBHOOK_URL" in refusal.sentence
+    assert "failed to resolve host" in refusal.sentence
+
+
+async def test_a_port_that_is_taken_is_refused_by_name(telegram: TelegramServer, fish: StandInFish) -> None:
+    refusal = await refused(telegram, fish, **webhook(telegram.port))
+    assert refusal.exit_code is ExitCode.SETTINGS
+    assert "GUPPY_TELEGRAM_WEBHOOK_PORT" in refusal.sentence
+
+
+def open_at(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+# --- as processes ----------------------------------------------------------------------------------------------------
+
+
+async def test_adapter_and_worker_as_processes_answer_and_stop_and_their_logs_tell_nothing(
+    telegram: TelegramServer, redis_server: RedisServer, start_worker: StartWorker, tmp_path: Path
+) -> None:
+    """As compose starts them, at DEBUG, with some of everything that could make a library talk."""
+    anna = telegram.person("Anna Canary", username="anna_canary")
+    tank = telegram.private(anna)
+    environment = {
+        "GUPPY_TELEGRAM_TOKEN": telegram.token,
+        "GUPPY_TELEGRAM_API_BASE": telegram.base,
+        "GUPPY_REDIS_URL": redis_server.url,
+        "GUPPY_PERSON_BURST": "50",
+        "GUPPY_LOG_LEVEL": "DEBUG",
+    }
+    telegram.fail("setMyCommands", Fault(status=500))
+    process = Process(["-m", "bot", "telegram"], tmp_path / "telegram", environment)
+    start_worker()
+    try:
+        await process.logs("awake", within=30)
+        await telegram.say(tank, "yellow-canary", by=anna)
+        [reply] = await telegram.heard(tank, within=30)
+        assert reply["text"] == "blub. yellow-canary"
+        telegram.fail("getUpdates", Fault(status=500), Fault(cut="after"), Fault(status=409, description="Conflict"))
+        telegram.fail("sendMessage", Fault(status=500), Fault(cut="after"), Fault(retry_after=1), Fault(retry_after=99))
+        telegram.update("message", {"text": "yellow-canary"})
+        for n in range(6):
+            await telegram.say(tank, f"yellow-canary {n}", by=anna)
+        await telegram.until(lambda: len(telegram.made("sendMessage")) >= 6, 40)
+        check = Process(["-m", "bot", "health", "telegram"], process.folder / "check", {"TMPDIR": str(process.folder)})
+        assert await asyncio.to_thread(check.exit_code) == 0
+        process.process.terminate()
+        assert await asyncio.to_thread(process.exit_code, 10) == 0
+    finally:
+        process.process.kill()
+        process.process.wait()
+    log = process.log.read_text()
+    for secret in ("canary", telegram.token, telegram.token.split(":")[1], str(anna["id"])):
+        assert secret.lower() not in log.lower()
+    assert all(json.loads(line) for line in log.splitlines())
+
+
+async def test_a_refused_token_ends_the_process_with_one_sentence(
+    telegram: TelegramServer, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    environment = {
+        "GUPPY_TELEGRAM_TOKEN": "123:not-the-one",
+        "GUPPY_TELEGRAM_API_BASE": telegram.base,
+        "GUPPY_REDIS_URL": redis_server.url,
+    }
+    process = Process(["-m", "bot", "telegram"], tmp_path / "telegram", environment)
+    assert await asyncio.to_thread(process.exit_code, 30) == ExitCode.TOKEN
+    log = process.log.read_text()
+    assert log.splitlines()[-1].startswith("guppy: Telegram refuses GUPPY_TELEGRAM_TOKEN.")
+    assert "Traceback" not in log
+    assert "not-the-one" not in log

@@ -254,10 +254,6 @@ class Fault:
 class Call:
     method: str
     params: Json
-    at: float
-    """time.monotonic."""
-    ok: bool
-    """Whether it was executed."""
 
 
 @dataclass
@@ -328,6 +324,11 @@ class TelegramServer:
         return f"http://127.0.0.1:{self.port}/bot"
 
     async def __aenter__(self) -> "TelegramServer":
+        await self.open()
+        return self
+
+    async def open(self) -> None:
+        """Take calls, at the same address as before."""
         app = web.Application()
         app.router.add_route("*", "/bot{token}/{method}", self._call)
         self._runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
@@ -335,9 +336,12 @@ class TelegramServer:
         site = web.TCPSite(self._runner, "127.0.0.1", self.port, reuse_address=True)
         await site.start()
         self.port = self._runner.addresses[0][1]
-        return self
 
     async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Be gone: connections break, and new ones are refused."""
         if self._calling is not None:
             self._calling.cancel()
         if self._poll is not None:
@@ -479,14 +483,13 @@ class TelegramServer:
         method, token = request.match_info["method"], request.match_info["token"]
         form = await request.post() if request.method == "POST" else request.query
         fault = self._faults[method].popleft() if self._faults[method] else Fault()
-        params: Json = {}
-        ok = False
         try:
             if token != self.token:
                 raise Refused(401, "Unauthorized")
             if method not in METHODS:
                 raise Refused(404, "Not Found: method not found")
             params = self._params(method, dict(form))
+            self.calls.append(Call(method, params))
             await asyncio.sleep(fault.seconds)
             if fault.cut == "before":
                 return _cut(request)
@@ -496,14 +499,11 @@ class TelegramServer:
             if fault.status is not None:
                 raise Refused(fault.status, fault.description)
             result = await getattr(self, f"_{method}")(**params)
-            ok = True
         except Refused as refused:
             body: Json = {"ok": False, "error_code": refused.status, "description": refused.description}
             if refused.retry_after is not None:
                 body["parameters"] = {"retry_after": refused.retry_after}
             return web.json_response(body, status=refused.status)
-        finally:
-            self.calls.append(Call(method, params, time.monotonic(), ok))
         if fault.cut == "after":
             return _cut(request)
         return web.json_response({"ok": True, "result": result})
@@ -590,7 +590,6 @@ class TelegramServer:
     async def _keep_calling(self) -> None:
         """Deliver updates to the webhook, each until it is taken, as the reverse proxy would pass them on."""
         path = "/" + self.webhook["url"].split("/", 3)[3] if self.webhook["url"].count("/") > 2 else "/"
-        secret = {"X-Telegram-Bot-Api-Secret-Token": self.webhook.get("secret_token", "")}
         async with aiohttp.ClientSession() as session:
             for n in itertools.count():
                 while not (self._updates and self.replicas):
@@ -599,6 +598,7 @@ class TelegramServer:
                 if not self._is_allowed(self._updates[0]):
                     self._updates.popleft()
                     continue
+                secret = {"X-Telegram-Bot-Api-Secret-Token": self.webhook.get("secret_token", "")}
                 try:
                     there = self.replicas[n % len(self.replicas)] + path
                     async with session.post(there, json=self._updates[0], headers=secret) as response:
