@@ -471,7 +471,7 @@ class Guppy(discord.AutoShardedClient):
         if isinstance(message.channel, discord.DMChannel):
             return True
         places = _places(message.channel)
-        if self._settings.discord_channels and not places & self._settings.discord_channels:
+        if not self._allowed(places):
             return False
         return (
             bool(places & self._settings.discord_home_channels)
@@ -559,9 +559,12 @@ class Guppy(discord.AutoShardedClient):
     def _no_place(self, interaction: discord.Interaction) -> str | None:
         if interaction.guild_id is None:
             return None if self._settings.discord_dms else "no_dms"
+        places = _places(interaction.channel) if interaction.channel else {interaction.channel_id or 0}
+        return None if self._allowed(places) else "not_here"
+
+    def _allowed(self, places: set[int]) -> bool:
         allowed = self._settings.discord_channels
-        places = {interaction.channel_id} | (_places(interaction.channel) if interaction.channel else set())
-        return "not_here" if allowed and not places & allowed else None
+        return not allowed or bool(places & (allowed | self._settings.discord_home_channels))
 
     # -- both
 

@@ -8,6 +8,7 @@ import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import discord
@@ -77,7 +78,8 @@ async def aquarium(
         guild = env.create_guild()
         tank = guild.create_text_channel("tank")
         alice = guild.add_member(env.create_user("alice"))
-        yield Aquarium(env, fish, guild, tank, alice, f"<@{env.bot.user.id}>")
+        assert env.bot.user is not None
+        yield Aquarium(env, fish, guild, tank, alice, env.bot.user.mention)
 
 
 PRIVILEGED = {"message_content": False, "members": False, "presences": False}
@@ -174,22 +176,15 @@ async def test_edits_are_not_answered() -> None:
 
 
 async def test_in_a_home_channel_everything_is_answered_and_only_there() -> None:
-    client = build_client(Settings(), StandInFish())
-    assert not client.intents.message_content
-    async with simcord.run(client) as env:  # a channel's id is only known once it is there
-        home, other = (env.create_guild().create_text_channel(name) for name in ("home", "other"))
-        ids = home.id, other.id
-    settings = Settings.model_validate({"discord_home_channels": [ids[0]]})
-    fish = StandInFish()
-    async with simcord.run(build_client(settings, fish)) as env:
-        home, other = (env.create_guild().create_text_channel(name) for name in ("home", "other"))
-        assert (home.id, other.id) == ids
-        assert env.bot.intents.message_content
-        for channel in (home, other):
-            guild = channel.guild
-            await guild.add_member(env.create_user("alice")).send(channel, "just talking")
-        assert fish.asked == ["just talking"]
-        assert home.last_message.content == "blub. just talking"
+    async with aquarium() as plan:
+        home = plan.tank.id  # the same in every aquarium
+    async with aquarium(discord_home_channels=[home], discord_channels=[1], intents=discord.Intents.all()) as a:
+        assert a.env.bot.intents.message_content
+        other = a.guild.create_text_channel("other")
+        await a.alice.send(other, "just talking")
+        assert a.fish.asked == []
+        await a.alice.send(a.tank, "just talking")
+        assert a.heard() == ["blub. just talking"]
 
 
 # --- how he speaks
@@ -528,3 +523,18 @@ async def test_commands_are_registered_at_the_first_start_only() -> None:
     async with simcord.run(build_client(Settings(), fish)) as env:
         await env.restart_bot(build_client(Settings(), fish))
         assert sum(r.method == "PUT" for r in env.http_requests) == 1
+
+
+# --- what docs/discord.md says
+
+
+def test_the_page_for_admins_names_the_settings_and_permissions_that_there_are() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "discord.md").read_text()
+    for name in re.findall(r"GUPPY_\w+", page):
+        assert name.removeprefix("GUPPY_").lower() in Settings.model_fields, name
+    for field in Settings.model_fields:
+        if field.startswith("discord_") and not field.endswith(("_api_base", "_gateway_url")):
+            assert f"`GUPPY_{field.upper()}`" in page
+    table = re.findall(r"^\| ((?:View|Send|Read) [A-Za-z ]+) \|", page, re.MULTILINE)
+    names = [row.lower().replace(" ", "_").replace("view_channels", "view_channel") for row in table]
+    assert discord.Permissions(**dict.fromkeys(names, True)) == adapter.PERMISSIONS
