@@ -48,7 +48,7 @@ class LinearBaseline:
                 some = order[begin : begin + 64]
                 loss = F.cross_entropy(self._scores([rows[i] for i in some]), labels[some])
                 optimizer.zero_grad()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
 
     def _scores(self, rows: list[Tensor]) -> Tensor:

@@ -27,13 +27,13 @@ tags: [guppylm, text-generation, fish]
 
 # {recipe.data.character}
 
-A {run.model.parameter_count() / 1e6:.1f} million parameter language model that talks like a small fish. It answers one message at a time
-and remembers nothing.
+A language model of {run.model.parameter_count() / 1e6:.1f} million parameters that talks like a small fish.
+It answers one message at a time and remembers nothing.
 
     guppy chat --model THIS_FOLDER
 
-Trained with Guppy {__version__} on {len(run.rows):,} conversations ({len(run.examined):,} more, with other wordings, were held out) in
-{run.step:,} steps; {seconds / 60:.0f} minutes on {run.device}.
+Trained with Guppy {__version__} on {len(run.rows):,} conversations ({len(run.examined):,} more, with other wordings,
+were held out) in {run.step:,} steps; {seconds / 60:.0f} minutes on {run.device}.
 
 | recipe | |
 |---|---|

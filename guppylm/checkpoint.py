@@ -8,20 +8,18 @@ unknown key are a `ModelError` that names file and field.
 from __future__ import annotations
 
 import json
-import os
-import pickle
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialize
 from tokenizers import Tokenizer
 from torch import Tensor
 
 from guppylm import hub
-from guppylm.conversation import IM_END, IM_END_TOKEN, IM_START, IM_START_TOKEN, ChatFormat
+from guppylm.conversation import IM_END, IM_END_TOKEN, IM_START, IM_START_TOKEN, PAD, ChatFormat
 from guppylm.model import GuppyLM, ModelConfig
 
 WEIGHTS = Path(__file__).parent / "weights"
@@ -29,6 +27,7 @@ DEFAULT_MODEL = "guppy-9m"
 
 # Keys of a hub config that say what kind of model it is, not how it is shaped.
 _LABELS = {"model_type": "guppylm", "architectures": ["GuppyLM"]}
+_MARKUP_IDS = {"pad_token_id": PAD, "bos_token_id": IM_START, "eos_token_id": IM_END}
 
 
 class ModelError(Exception):
@@ -47,15 +46,21 @@ class Checkpoint:
 def find(model: str | Path) -> Path:
     """The folder of a model: one that ships (`guppy-9m`), a path, or `owner/name` on the hub. Raises ModelError."""
     for folder in (Path(model), WEIGHTS / model):
-        if folder.is_dir():
-            return folder
+        try:
+            if folder.is_dir():
+                return folder
+        except OSError as error:  # a name too long, a folder that is somebody else's
+            raise ModelError(f"Cannot look for the model '{model}': {error.strerror}.") from None
     if hub.is_repository(str(model)):
         try:
             return hub.pull(str(model))
         except hub.HubError as error:
-            raise ModelError(str(error)) from None
+            raise ModelError(f"There is no folder '{model}', and as a model of the hub: {error}") from None
     shipped = ", ".join(sorted(folder.name for folder in WEIGHTS.glob("*/"))) or "none"
-    raise ModelError(f"There is no model '{model}': not a folder, not one that ships with Guppy ({shipped}), not owner/name on the hub.")
+    raise ModelError(
+        f"There is no model '{model}': not a folder, not one that ships with Guppy ({shipped}), "
+        "not owner/name on the hub."
+    )
 
 
 def _read_config(path: Path) -> ModelConfig:
@@ -63,7 +68,9 @@ def _read_config(path: Path) -> ModelConfig:
         values: Any = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path} is missing; a model folder has config.json, tokenizer.json and weights.") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror}.") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise ModelError(f"{path} is not valid JSON ({error}).") from None
     if not isinstance(values, dict):
         raise ModelError(f"{path} must hold an object of settings.")
@@ -75,9 +82,12 @@ def _read_config(path: Path) -> ModelConfig:
         raise ModelError(f"{path}: unknown key '{unknown[0]}'.")
     if missing := sorted(known - set(values) - {"thoughts", "hidden_dropout_prob"}):
         raise ModelError(f"{path}: the key '{missing[0]}' is missing.")
+    for key, number in _MARKUP_IDS.items():
+        if values[key] != number:
+            raise ModelError(f"{path}: {key} is {values[key]!r}; Guppy's chat markup has {number} there.")
     try:
         return ModelConfig(**values)
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise ModelError(f"{path}: {error}.") from None
 
 
@@ -88,12 +98,15 @@ def _read_tokenizer(path: Path, config: ModelConfig) -> ChatFormat:
         tokenizer = Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises plain Exception
         raise ModelError(f"{path} is no tokenizer ({error}).") from None
-    if (size := tokenizer.get_vocab_size()) > config.vocab_size:
+    if (size := max(tokenizer.get_vocab().values(), default=0) + 1) > config.vocab_size:
         raise ModelError(f"{path} has {size} tokens, but config.json says vocab_size {config.vocab_size}.")
     for token, number in ((IM_START_TOKEN, IM_START), (IM_END_TOKEN, IM_END)):
         if tokenizer.token_to_id(token) != number:
             raise ModelError(f"{path}: {token} must have id {number}, it has {tokenizer.token_to_id(token)}.")
     chat = ChatFormat(tokenizer, config.max_position_embeddings, config.thoughts)
+    for number, added in tokenizer.get_added_tokens_decoder().items():
+        if number in chat.encode_text(added.content):
+            raise ModelError(f"{path}: {added.content} must be a special token, or people could type it.")
     try:
         chat.topics, chat.intents  # noqa: B018  both look every thought up
     except KeyError as error:
@@ -111,10 +124,14 @@ def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
         path = folder / "pytorch_model.bin"
         if path.is_file():
             state = torch.load(path, map_location="cpu", weights_only=True)
-            if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+            if not isinstance(state, dict) or not all(
+                isinstance(name, str) and isinstance(value, Tensor) for name, value in state.items()
+            ):
                 raise ModelError(f"{path} does not hold named tensors.")
             return path, state
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+    except ModelError:
+        raise
+    except Exception as error:  # whatever two formats' readers raise for damaged files: it is a long list
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"{path} cannot be read: damaged, incomplete or unsafe ({reason}).") from None
     raise ModelError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin.")
@@ -126,8 +143,13 @@ def load(model: str | Path = DEFAULT_MODEL) -> Checkpoint:
     config = _read_config(folder / "config.json")
     chat = _read_tokenizer(folder / "tokenizer.json", config)
     path, state = _read_weights(folder)
-    with torch.device("meta"):
-        fish = GuppyLM(config)
+    if config.num_hidden_layers > len(state):  # before as many are made
+        raise ModelError(f"{path}: config.json says num_hidden_layers {config.num_hidden_layers}; it holds fewer.")
+    try:
+        with torch.device("meta"):
+            fish = GuppyLM(config)
+    except RuntimeError as error:
+        raise ModelError(f"{folder / 'config.json'} describes a model that is too large ({error}).") from None
     state.setdefault("lm_head.weight", state.get("tok_emb.weight", torch.empty(0)))  # tied: ours is stored once
     expected = dict(fish.state_dict())
     if missing := sorted(set(expected) - set(state)):
@@ -139,8 +161,10 @@ def load(model: str | Path = DEFAULT_MODEL) -> Checkpoint:
             raise ModelError(
                 f"{path}: '{name}' has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected[name].shape)}."
             )
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
+        if not tensor.is_floating_point() or not tensor.float().isfinite().all():
             raise ModelError(f"{path}: '{name}' holds values that are not finite numbers.")
+    if not torch.equal(state["lm_head.weight"], state["tok_emb.weight"]):
+        raise ModelError(f"{path}: 'lm_head.weight' differs from 'tok_emb.weight'; Guppy's head is tied to it.")
     fish.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     fish.lm_head.weight = fish.tok_emb.weight
     return Checkpoint(folder, fish.eval().requires_grad_(False), chat)
@@ -155,12 +179,13 @@ def save(folder: Path, model: GuppyLM, tokenizer: Tokenizer, card: str, dtype: t
     config = {**_LABELS, **asdict(model.config)}
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     del state["lm_head.weight"]  # the token embedding, stored once
-    for name, write in {
-        "config.json": lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"),
-        "tokenizer.json": lambda path: tokenizer.save(str(path)),
-        "model.safetensors": lambda path: save_file(state, path),
-        "README.md": lambda path: path.write_text(card, encoding="utf-8"),
-    }.items():
+    contents = {
+        "config.json": (json.dumps(config, indent=2) + "\n").encode(),
+        "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
+        "model.safetensors": serialize(state),
+        "README.md": card.encode(),
+    }
+    for name, content in contents.items():
         partial = folder / f"{name}.partial"
-        write(partial)
-        os.replace(partial, folder / name)
+        partial.write_bytes(content)
+        partial.replace(folder / name)

@@ -8,12 +8,14 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TextIO
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
 if TYPE_CHECKING:
     from guppylm.engine import Engine, Sampling
@@ -34,7 +36,7 @@ MODEL_HELP = "A model that ships (guppy-9m), a folder, or owner/name on the hub.
 
 def give_up(message: str, code: int = 1) -> NoReturn:
     """Say in one sentence what is wrong, and exit."""
-    complaints.print(f"[bold red]guppy:[/] {escape(message)}", soft_wrap=True)
+    complaints.print(Text.assemble(("guppy:", "bold red"), f" {message}"), soft_wrap=True)
     raise typer.Exit(code)
 
 
@@ -72,41 +74,42 @@ def chat(
         Path | None, typer.Option(help='A .jsonl file with a "prompt" in each row; prints each row with its "reply".')
     ] = None,
     model: Annotated[str, typer.Option("--model", "-m", help=MODEL_HELP)] = "guppy-9m",
-    temperature: Annotated[float | None, typer.Option("--temperature", "-t", help="0 always takes the likeliest word.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option("--temperature", "-t", help="0 always takes the likeliest word.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option("--top-k", "-k", help="Only the k likeliest words; 0 for all.")] = None,
     seed: Annotated[int | None, typer.Option(help="The same seed gives the same reply.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
 ) -> None:
     """Chat with the fish.
 
-    Without options it opens a conversation. When standard input is piped, each line of it is a prompt and gets a line
-    of reply.
+    Without options it opens a conversation. When standard input is piped, each line of it that is not empty is a
+    prompt and gets a line of reply.
     """
     if prompt is not None and batch is not None:
         give_up("--prompt and --batch exclude each other; give one of them.", 2)
     rows = _read_batch(batch) if batch else None
     sampling = _sampling(temperature, top_k)
     engine = _load_engine(model, device)
-
-    async def talk() -> None:
+    if isinstance(sys.stdin, TextIOWrapper):  # bytes that are no UTF-8 are no reason to stop
+        sys.stdin.reconfigure(errors="replace")
+    # Lines are read outside of the event loop: within it, Ctrl-C would wait for the end of the line.
+    with asyncio.Runner() as runner:
         try:
             if rows is not None:
-                await _answer_batch(engine, rows, sampling, seed)
+                runner.run(_answer_batch(engine, rows, sampling, seed))
             elif prompt is not None:
-                typer.echo((await engine.ask(prompt, sampling, seed=seed)).text)
+                typer.echo(runner.run(engine.ask(prompt, sampling, seed=seed)).text)
             elif not sys.stdin.isatty():
-                await _answer_lines(engine, sys.stdin, sampling, seed)
+                _answer_lines(runner, engine, sys.stdin, sampling, seed)
             else:
-                await _converse(engine, sampling, seed)
+                _converse(runner, engine, sampling, seed)
+        except KeyboardInterrupt:
+            raise typer.Exit(130) from None
+        except BrokenPipeError:  # the reader, `head` for example, has what it wanted
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         finally:
-            await engine.aclose()
-
-    try:
-        asyncio.run(talk())
-    except KeyboardInterrupt:
-        console.print()
-    except BrokenPipeError:  # the reader, `head` for example, has what it wanted
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            runner.run(engine.aclose())
 
 
 def _sampling(temperature: float | None, top_k: int | None) -> Sampling:
@@ -160,23 +163,34 @@ async def _answer_batch(engine: Engine, rows: list[dict[str, Any]], sampling: Sa
             return json.dumps({**row, "reply": completion.text}, ensure_ascii=False)
 
     tasks = [asyncio.create_task(answer(index, row)) for index, row in enumerate(rows)]
-    for task in tasks:
-        typer.echo(await task)
+    try:
+        for task in tasks:
+            # Half a surrogate pair is no character, but JSON can write it: as \udXXX it goes out as it came in.
+            typer.echo((await task).encode("utf-8", "backslashreplace"))
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
-async def _answer_lines(engine: Engine, lines: TextIO, sampling: Sampling, seed: int | None) -> None:
+def _answer_lines(runner: asyncio.Runner, engine: Engine, lines: TextIO, sampling: Sampling, seed: int | None) -> None:
     for line in lines:
         if line.strip():
-            typer.echo((await engine.ask(line, sampling, seed=seed)).text)
+            reply = runner.run(engine.ask(line, sampling, seed=seed)).text
+            typer.echo(" ".join(reply.split()))  # a line for a line
 
 
-async def _converse(engine: Engine, sampling: Sampling, seed: int | None) -> None:
+def _converse(runner: asyncio.Runner, engine: Engine, sampling: Sampling, seed: int | None) -> None:
     """The terminal chat: every line is a new beginning for him."""
+
+    async def answer(line: str) -> None:
+        async for piece in engine.stream(line, sampling, seed=seed):
+            console.out(piece, end="", highlight=False)
+
     console.print(HELLO.format(parameters=engine.model.parameter_count() / 1e6))
     while True:
         try:
             line = console.input("[bold green]you[/]   > ")
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             console.print()
             break
         if line.strip() in ("/quit", "/exit", "/q"):
@@ -185,8 +199,11 @@ async def _converse(engine: Engine, sampling: Sampling, seed: int | None) -> Non
             console.print("[bold bright_yellow]guppy[/] > [dim]blub? say something, i am listening.[/]")
             continue
         console.print("[bold bright_yellow]guppy[/] > ", end="")
-        async for piece in engine.stream(line, sampling, seed=seed):
-            console.print(escape(piece), end="", soft_wrap=True)
+        try:
+            runner.run(answer(line))
+        except KeyboardInterrupt:
+            console.print()
+            break
         console.print()
         if engine.chat.encode_prompt(line).cut:
             console.print("        [dim](that was long. he heard the beginning and the end.)[/]")
@@ -199,10 +216,14 @@ async def _converse(engine: Engine, sampling: Sampling, seed: int | None) -> Non
 @app.command()
 def data(
     out: Annotated[Path, typer.Option(help="The folder for train.jsonl and held_out.jsonl.")] = Path("data/guppy"),
-    conversations: Annotated[int, typer.Option("--conversations", "-n", min=100, help="How many, all in all.")] = 60_000,
+    conversations: Annotated[
+        int, typer.Option("--conversations", "-n", min=100, help="How many, all in all.")
+    ] = 60_000,
     seed: Annotated[int, typer.Option(help="Same seed, same bytes.")] = 1,
     character: Annotated[str, typer.Option(help="A character that ships (guppy) or a folder.")] = "guppy",
-    report: Annotated[bool, typer.Option("--report", help="Print counts, distinctness and overlap, topic by topic.")] = False,
+    report: Annotated[
+        bool, typer.Option("--report", help="Print counts, distinctness and overlap, topic by topic.")
+    ] = False,
 ) -> None:
     """Compose conversations from the character files."""
     from guppylm.datagen import dataset
@@ -246,13 +267,18 @@ def _print_report(report: dict[str, Any]) -> None:
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Option(help="A recipe of training/recipes (guppy, quick, tiny) or a .toml file.")] = "quick",
+    recipe: Annotated[
+        str, typer.Option(help="A recipe of training/recipes (guppy, quick, tiny) or a .toml file.")
+    ] = "quick",
     data: Annotated[
-        Path | None, typer.Option(help="A folder with train.jsonl and held_out.jsonl; composed by the recipe if not given.")
+        Path | None,
+        typer.Option(help="A folder with train.jsonl and held_out.jsonl; composed by the recipe if not given."),
     ] = None,
     out: Annotated[Path, typer.Option(help="The run's folder; it becomes the model folder.")] = Path("runs/guppy"),
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="Change a number of the recipe: train.steps=500.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a number of the recipe: train.steps=500.")
+    ] = None,
 ) -> None:
     """Train a fish: conversations, tokenizer, model. Ctrl-C stops it; --resume goes on."""
     from guppylm.recipe import RecipeError, load_recipe
@@ -270,7 +296,11 @@ def _train(recipe: Recipe, folder: Path | None, out: Path, resume: bool) -> None
     from guppylm.train import CHECKPOINT, Run, check_folder, distributed, precision_line
 
     with distributed() as rank:
-        say = console.print if rank == 0 else (lambda *_: None)
+
+        def say(line: str) -> None:
+            if rank == 0:
+                console.print(line)
+
         check_folder(out)
         if not resume and (out / CHECKPOINT).exists():
             give_up(f"{out} holds a run already. Go on with it (--resume), or choose another --out.", 2)
@@ -289,7 +319,10 @@ def _train(recipe: Recipe, folder: Path | None, out: Path, resume: bool) -> None
             say(f"Stopped at step {run.step:,}; nothing is lost. Go on with --resume.")
             raise typer.Exit(130)
         if rank == 0:
-            checkpoint.save(out, run.model, run.tokenizer, model_card(recipe, run, time.monotonic() - begun))
+            try:
+                checkpoint.save(out, run.model, run.tokenizer, model_card(recipe, run, time.monotonic() - begun))
+            except OSError as error:
+                give_up(f"Cannot write the fish to {out}: {error.strerror}. Make room, then --resume.")
             (out / CHECKPOINT).unlink()
     if rank == 0:
         console.print(f"Your fish is in {out}. Say hello:  guppy chat --model {out}")
@@ -308,6 +341,8 @@ def _conversations(recipe: Recipe, folder: Path | None) -> tuple[list[Any], list
         give_up(str(error))
     except FileNotFoundError as error:
         give_up(f"{error.filename} is missing. Compose it with: guppy data --out {folder}")
+    except OSError as error:
+        give_up(f"Cannot read {error.filename}: {error.strerror}.")
     except ValueError as error:
         give_up(str(error))
 
@@ -318,7 +353,13 @@ def _watch(run: Any) -> Iterator[Any]:
 
     from guppylm.train import sample_reply
 
-    columns = (TextColumn("training  "), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[says]}"), TimeRemainingColumn())
+    columns = (
+        TextColumn("training  "),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[says]}"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=console) as progress:
         task = progress.add_task("", total=run.recipe.train.steps, completed=run.step, says="")
         for moment in run.train():
@@ -326,9 +367,8 @@ def _watch(run: Any) -> Iterator[Any]:
             progress.update(task, completed=moment.step, says=says)
             if moment.examined is not None:
                 prompt, reply = sample_reply(run)
-                progress.console.print(
-                    f"[dim]step {moment.step:>6,}  hears {100 * moment.examined:3.0f} % of topics   {prompt} → [/]{escape(reply)}"
-                )
+                heard = f"hears {100 * moment.examined:3.0f} % of topics"
+                progress.console.print(f"[dim]step {moment.step:>6,}  {heard}   {prompt} → [/]{escape(reply)}")
             yield moment
 
 
@@ -338,7 +378,9 @@ def _watch(run: Any) -> Iterator[Any]:
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help=MODEL_HELP)] = "guppy-9m",
-    as_json: Annotated[bool, typer.Option("--json", help="Print the whole page as JSON, every answer included.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the whole page as JSON, every answer included.")
+    ] = False,
     conversations: Annotated[int, typer.Option(min=1000, help="Size of the data set it is compared with.")] = 60_000,
     data_seed: Annotated[int, typer.Option(help="Seed of that data set.")] = 1,
     seed: Annotated[int, typer.Option(help="Seed of the replies.")] = 0,

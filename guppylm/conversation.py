@@ -26,6 +26,7 @@ ROOM_FOR_REPLY = 48
 CUT = " ... "
 
 _WHITESPACE = re.compile(r"\s+")
+_HALF_CHARACTERS = re.compile("[\ud800-\udfff]")  # surrogates: broken bytes on a command line, "\\ud800" in JSON
 _LONG_RUN = re.compile(r"(.)\1{3,}", re.DOTALL)
 _QUOTES = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"', "…": "..."})
 
@@ -42,7 +43,9 @@ def intent_token(topic: str, intent: str) -> str:
 
 def hear(prompt: str) -> str:
     """What reaches Guppy of what was typed: no capitals, one kind of quote, single spaces, and nobody screams
-    more than three letters long ("nooooo" is "nooo"). So a shout and a whisper are the same words to him."""
+    more than three letters long ("nooooo" is "nooo"). So a shout and a whisper are the same words to him.
+    What is no character (half a surrogate pair) becomes U+FFFD."""
+    prompt = _HALF_CHARACTERS.sub("\ufffd", prompt)
     prompt = _WHITESPACE.sub(" ", prompt.translate(_QUOTES).lower()).strip()
     return _LONG_RUN.sub(r"\1\1\1", prompt)
 
@@ -110,9 +113,10 @@ class ChatFormat:
 
     @cached_property
     def room_for_prompt(self) -> int:
-        """How many tokens of a prompt fit into the window, with the markup, the thought and a reply."""
-        markup = len(self.head) + len(self.middle) + (2 if self.thoughts else 0)
-        return max(1, self.window - markup - ROOM_FOR_REPLY)
+        """How many tokens of a prompt fit into the window, with the markup, the thought and a reply. (In a window too
+        small for both, prompt and reply share what there is.)"""
+        free = self.window - len(self.head) - len(self.middle) - (2 if self.thoughts else 0)
+        return max(free - ROOM_FOR_REPLY, free // 2)
 
     def encode_prompt(self, prompt: str) -> Prompt:
         """The ids up to where the fish begins. A prompt that does not fit keeps its beginning and its end, cut at
@@ -129,7 +133,7 @@ class ChatFormat:
 
     def _cut(self, text: str, most: int) -> list[int]:
         """At most `room_for_prompt` ids: the first words, " ... ", the last words."""
-        gap = self.encode_text(CUT.rstrip())
+        gap = self.encode_text(CUT.rstrip())[: self.room_for_prompt]
         half = (self.room_for_prompt - len(gap)) // 2
         begin, end = text[:most], text[-most:]
         first = self.tokenizer.encode(begin, add_special_tokens=False)

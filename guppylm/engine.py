@@ -16,15 +16,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import random
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -32,7 +31,7 @@ from torch.nn import functional as F
 
 from guppylm import checkpoint
 from guppylm.conversation import IM_END, ChatFormat, Prompt
-from guppylm.model import GuppyLM
+from guppylm.model import Block, GuppyLM
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +41,7 @@ PREFILL_TOKENS = 160
 SPEECHLESS = "blub."
 
 
-class EngineBusy(Exception):
+class EngineBusy(Exception):  # noqa: N818  a state, not a mistake
     """More requests are waiting than `max_waiting`; this one was refused at once."""
 
 
@@ -66,14 +65,14 @@ class Sampling:
     def __post_init__(self) -> None:
         if not 0 <= self.temperature <= 10:
             raise ValueError(f"temperature is {self.temperature}; choose 0 (always the likeliest word) to 10.")
-        if self.top_k < 0:
+        if not isinstance(self.top_k, int) or self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; choose a whole number, 0 for no limit.")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; choose more than 0, up to 1 for no limit.")
         if not 0 <= self.min_p < 1:
             raise ValueError(f"min_p is {self.min_p}; choose 0 for no limit, up to less than 1.")
-        if self.max_new_tokens is not None and self.max_new_tokens < 1:
-            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; choose 1 or more.")
+        if self.max_new_tokens is not None and (not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1):
+            raise ValueError(f"max_new_tokens is {self.max_new_tokens}; choose a whole number, 1 or more.")
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,7 @@ class _Request:
     sampling: Sampling
     seed: int
     done: Future[Completion]
-    on_token: Callable[[str], None] | None = None
+    on_token: Callable[[str], object] | None = None
     cancelled: bool = False
     ids: list[int] = field(default_factory=list)  # generated: the thought, then the words
     topic: int | None = None
@@ -146,7 +145,7 @@ def prefill(model: GuppyLM, cache: Cache, first_slot: int, prompts: list[list[in
     slots = slice(first_slot, first_slot + len(prompts))
     # Padding stands behind the prompt, where no real position looks; the next token overwrites it in the cache.
     x = model.tok_emb(ids) + model.pos_emb.weight[:T]
-    for layer, block in enumerate(model.blocks):
+    for layer, block in enumerate(cast(Iterable[Block], model.blocks)):
         q, k, v = _split(block.attn.qkv(block.norm1(x)), block.attn.heads)
         cache.keys[layer, slots, :, :T], cache.values[layer, slots, :, :T] = k, v
         heard = F.scaled_dot_product_attention(q, k, v, is_causal=True)
@@ -168,7 +167,7 @@ def decode(model: GuppyLM, cache: Cache, ids: Tensor) -> Tensor:
     bias = torch.zeros(n, 1, 1, T, dtype=model.tok_emb.weight.dtype, device=ids.device)
     bias.masked_fill_(unseen[:, None, None], float("-inf"))
     x = (model.tok_emb(ids) + model.pos_emb(positions))[:, None]
-    for layer, block in enumerate(model.blocks):
+    for layer, block in enumerate(cast(Iterable[Block], model.blocks)):
         q, k, v = _split(block.attn.qkv(block.norm1(x)), block.attn.heads)
         keys, values = cache.keys[layer], cache.values[layer]
         keys[rows, :, positions], values[rows, :, positions] = k[:, :, 0], v[:, :, 0]
@@ -196,11 +195,12 @@ def choose(logits: Tensor, settings: list[Sampling], draws: list[float]) -> list
         greedy: list[int] = logits.argmax(-1).tolist()
         return greedy
     V = logits.shape[-1]
-    widest = max(V if s.top_k == 0 and s.temperature else s.top_k for s in settings) or 1
+    # A k of 0 is all of them; greedily, only the first counts.
+    ks = [1 if s.temperature == 0 else min(s.top_k or V, V) for s in settings]
     device = logits.device
-    values, tokens = logits.float().topk(min(widest, V), dim=-1)  # sorted
+    values, tokens = logits.float().topk(max(ks), dim=-1)  # sorted
     temperature = torch.tensor([max(s.temperature, 1e-6) for s in settings], device=device)
-    top_k = torch.tensor([1 if s.temperature == 0 else s.top_k or V for s in settings], device=device)
+    top_k = torch.tensor(ks, device=device)
     top_p = torch.tensor([s.top_p for s in settings], device=device)
     min_p = torch.tensor([s.min_p for s in settings], device=device)
     rank = torch.arange(values.shape[-1], device=device)
@@ -255,7 +255,7 @@ class Engine:
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
             target = torch.device(device)
-            torch.zeros(1, device=target)
+            torch.zeros(1, device=target).item()
         except (RuntimeError, AssertionError):
             raise ValueError(f"There is no device '{device}' here; use 'cpu' or 'auto'.") from None
         if precision not in ("auto", "fp32", "bf16"):
@@ -297,7 +297,7 @@ class Engine:
         try:
             return await asyncio.wrap_future(request.done)
         finally:
-            request.cancelled = True  # too late to matter when it is done
+            self._abandon(request)  # too late to matter when it is done
 
     async def stream(
         self, prompt: str, sampling: Sampling = Sampling(), *, seed: int | None = None
@@ -305,7 +305,9 @@ class Engine:
         """The reply piece by piece, as it is spoken; the pieces joined are `ask`'s text. A character is never split."""
         loop = asyncio.get_running_loop()
         pieces: asyncio.Queue[str] = asyncio.Queue()
-        request = self._submit(prompt, sampling, seed, lambda piece: loop.call_soon_threadsafe(pieces.put_nowait, piece))
+        request = self._submit(
+            prompt, sampling, seed, lambda piece: loop.call_soon_threadsafe(pieces.put_nowait, piece)
+        )
         done = asyncio.wrap_future(request.done)
         done.add_done_callback(lambda _: pieces.put_nowait(""))
         try:
@@ -313,10 +315,10 @@ class Engine:
                 yield piece
             await done
         finally:
-            request.cancelled = True
+            self._abandon(request)
 
     def _submit(
-        self, prompt: str, sampling: Sampling, seed: int | None, on_token: Callable[[str], None] | None
+        self, prompt: str, sampling: Sampling, seed: int | None, on_token: Callable[[str], object] | None
     ) -> _Request:
         seed = random.getrandbits(63) if seed is None else seed
         request = _Request(self.chat.encode_prompt(prompt), sampling, seed, Future(), on_token)
@@ -332,6 +334,13 @@ class Engine:
             self._waiting.append(request)
             self._wake.notify()
         return request
+
+    def _abandon(self, request: _Request) -> None:
+        """Nobody waits for this reply any more: its place in the queue is free at once, its slot after this token."""
+        request.cancelled = True
+        with self._wake:
+            if request in self._waiting:
+                self._waiting.remove(request)
 
     @property
     def running(self) -> int:
@@ -383,9 +392,6 @@ class Engine:
         with self._wake:
             while self._waiting and len(self._running) + len(newcomers) < self.max_batch:
                 request = self._waiting[0]
-                if request.cancelled:
-                    self._waiting.popleft()
-                    continue
                 budget -= len(request.prompt.ids)
                 if newcomers and budget < 0:
                     break
@@ -413,9 +419,15 @@ class Engine:
         self.steps += 1
         for slot in reversed(range(first_slot, first_slot + len(requests))):
             request = self._running[slot]
-            if self._take(request, tokens[slot - first_slot]):
+            try:
+                completion = self._completion(request) if self._take(request, tokens[slot - first_slot]) else None
+            except Exception as error:  # the trouble of one (a reader gone in the middle of a stream), not of all
                 self._leave(slot)
-                _finish(request, self._completion(request))
+                _fail(request, error)
+                continue
+            if completion:
+                self._leave(slot)
+                _finish(request, completion)
 
     def _take(self, request: _Request, token: int) -> bool:
         """Add a token to a reply. Returns whether the reply has ended."""
@@ -428,13 +440,8 @@ class Engine:
             request.intent, request.mask = token, self._FIRST_WORD
         else:
             request.mask = self._NEXT_WORD
-            if request.on_token:
-                text = self._text(request)
-                # An unfinished character or a trailing space waits for what comes next.
-                ready = text.rstrip("\ufffd").rstrip()
-                if len(ready) > len(request.shown):
-                    request.on_token(ready[len(request.shown) :])
-                    request.shown = ready
+            if request.on_token:  # else it is decoded once, at the end
+                self._show(request, self._text(request))
         return len(request.ids) >= request.limit
 
     def _leave(self, slot: int) -> None:
@@ -446,13 +453,19 @@ class Engine:
         self._running.pop()
 
     def _text(self, request: _Request) -> str:
+        """The words so far. An unfinished character or a space at the end waits for what comes next."""
         words = request.ids[2:] if self.chat.thoughts else request.ids
-        return self.chat.decode(words).lstrip()
+        return self.chat.decode(words).lstrip().rstrip("\ufffd").rstrip()
 
-    def _completion(self, request: _Request) -> Completion:
-        text = self._text(request).strip() or SPEECHLESS
+    def _show(self, request: _Request, text: str) -> None:
+        """Hand on what is new of `text`."""
         if request.on_token and len(text) > len(request.shown):
             request.on_token(text[len(request.shown) :])
+            request.shown = text
+
+    def _completion(self, request: _Request) -> Completion:
+        text = self._text(request) or SPEECHLESS
+        self._show(request, text)
         return Completion(
             text=text,
             prompt_cut=request.prompt.cut,

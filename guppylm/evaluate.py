@@ -18,7 +18,6 @@ import random
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,17 +62,21 @@ def read_prompts(character: Character) -> list[Prompt]:
     path = character.path / EVALUATION
     prompts = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").rstrip("\n").split("\n")
     except FileNotFoundError:
         raise CharacterError(f"{path} is missing; it holds the prompts to examine with.") from None
+    except UnicodeDecodeError as error:
+        raise CharacterError(f"{path} is not UTF-8 text (byte {error.start}).") from None
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            prompt = Prompt(row["prompt"], list(row["topics"]))
+            prompt = Prompt(row["prompt"], row["topics"])
+            if not isinstance(prompt.prompt, str) or not isinstance(prompt.topics, list) or not prompt.topics:
+                raise TypeError("a text and a list are needed")
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise CharacterError(f"{path}:{number}: not a prompt with its topics ({error!r}).") from None
-        if unknown := set(prompt.topics) - set(character.topics):
-            raise CharacterError(f"{path}:{number}: unknown topic '{sorted(unknown)[0]}'.")
+        if unknown := [topic for topic in prompt.topics if topic not in character.topics]:
+            raise CharacterError(f"{path}:{number}: unknown topic '{unknown[0]}'.")
         prompts.append(prompt)
     return prompts
 
@@ -123,8 +126,8 @@ def _sentences(reply: str) -> list[str]:
     return [part.strip() for part in re.split(r"(?<=[.?])\s+", reply)]
 
 
-def _share(flags: list[bool]) -> float:
-    return sum(flags) / len(flags) if flags else float("nan")
+def _share(flags: list[bool]) -> float | None:
+    return sum(flags) / len(flags) if flags else None
 
 
 async def _ask_all(engine: Engine, prompts: list[str], sampling: Sampling, seed: int) -> list[Completion]:
@@ -196,14 +199,25 @@ async def evaluate(
     page["style faults"] = dict(Counter(fault.split(" '")[0] for reply in replies if (fault := style_fault(reply))))
     page["replies"] = {prompt: completion.text for prompt, completion in zip(SHOWN, shown, strict=True)}
     page["answers"] = [
-        {**asdict(prompt), "reply": c.text, "topic": c.topic, "intent": c.intent, "on topic": on_topic(character, prompt, c.text)}
+        {
+            **asdict(prompt),
+            "reply": c.text,
+            "topic": c.topic,
+            "intent": c.intent,
+            "on topic": on_topic(character, prompt, c.text),
+        }
         for prompt, c in zip(prompts, completions, strict=True)
     ]
     return page
 
 
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def _cell(text: str) -> str:
+    """Text within a table: no bar ends the cell, no new line the row."""
+    return " ".join(text.replace("|", "\\|").split())
 
 
 def as_markdown(page: dict[str, Any]) -> str:
@@ -213,7 +227,7 @@ def as_markdown(page: dict[str, Any]) -> str:
     lines = [
         "### Does it listen?",
         "",
-        f"| | {' | '.join(f'{kind} ({of["prompts"]} prompts)' for kind, of in kinds.items())} |",
+        "| | " + " | ".join(f"{kind} ({of['prompts']} prompts)" for kind, of in kinds.items()) + " |",
         "|---|" + "---|" * len(kinds),
         *(f"| {row} | {' | '.join(_percent(of[row]) for of in kinds.values())} |" for row in rows),
         "",
@@ -231,10 +245,5 @@ def as_markdown(page: dict[str, Any]) -> str:
     lines += ["", "### What it learnt: loss on wordings it never saw", "", "| | |", "|---|---|"]
     lines += [f"| {name} | {value:.3f} |" for name, value in page["loss on held-out wordings"].items()]
     lines += ["", "### What it says", "", "| to | Guppy says |", "|---|---|"]
-    lines += [f"| {prompt} | {reply} |" for prompt, reply in page["replies"].items()]
+    lines += [f"| {_cell(prompt)} | {_cell(reply)} |" for prompt, reply in page["replies"].items()]
     return "\n".join(lines) + "\n"
-
-
-def write_json(page: dict[str, Any], path: Path) -> None:
-    """The whole page, every answer included."""
-    path.write_text(json.dumps(page, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -12,7 +12,7 @@ from pathlib import Path
 MODEL_FILES = ["config.json", "tokenizer.json", "model.safetensors", "README.md"]
 PICKLED = "pytorch_model.bin"
 
-_REPOSITORY = re.compile(r"[\w.-]+/[\w.-]+(?:@[\w./-]+)?")
+_REPOSITORY = re.compile(r"\w[\w.-]*/\w[\w.-]*(?:@[\w./-]+)?", re.ASCII)
 
 
 class HubError(Exception):
@@ -27,24 +27,36 @@ def is_repository(name: str) -> bool:
 def pull(name: str) -> Path:
     """Download the model `owner/name[@revision]` (or find it in the cache); returns its folder. Raises HubError."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     repository, _, revision = name.partition("@")
     try:
         try:
             files = HfApi().list_repo_files(repository, revision=revision or None)
             wanted = MODEL_FILES if "model.safetensors" in files else [*MODEL_FILES, PICKLED]
-        except (RepositoryNotFoundError, RevisionNotFoundError):
+        except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):
             raise
         except Exception:  # no network: what is in the cache may still do
             wanted = [*MODEL_FILES, PICKLED]
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted))
+    except HFValidationError:
+        raise HubError(f"'{name}' is no name that a model on the hub can have.") from None
     except RevisionNotFoundError:
         raise HubError(f"The model '{repository}' has no revision '{revision}'.") from None
     except RepositoryNotFoundError:
-        raise HubError(f"The hub has no model '{repository}', or it is private (then log in with 'hf auth login').") from None
+        raise HubError(
+            f"The hub has no model '{repository}', or it is private (then log in with 'hf auth login')."
+        ) from None
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise HubError(f"Could not download '{name}': {type(error).__name__}. Check the network and try again.") from None
+        raise HubError(
+            f"Could not download '{name}': {type(error).__name__}. Check the network and try again."
+        ) from None
 
 
 def push(folder: Path, repository: str, *, private: bool = False) -> str:

@@ -47,8 +47,13 @@ class ModelConfig:
             raise ValueError(
                 f"hidden_size {self.hidden_size} does not divide into num_attention_heads {self.num_attention_heads}"
             )
-        if not 0 <= self.hidden_dropout_prob < 1:
+        if not isinstance(self.hidden_dropout_prob, int | float) or not 0 <= self.hidden_dropout_prob < 1:
             raise ValueError(f"hidden_dropout_prob is {self.hidden_dropout_prob!r}; it must be at least 0 and below 1")
+        if not isinstance(self.thoughts, dict) or not all(
+            isinstance(intents, list) and intents and all(isinstance(intent, str) for intent in intents)
+            for intents in self.thoughts.values()
+        ):
+            raise ValueError("thoughts must name the intents of each topic, like {'food': ['hungry', 'offered']}")
 
 
 class Attention(nn.Module):
@@ -104,7 +109,8 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
         x = x + self.dropout(self.attn(self.norm1(x)))
-        return x + self.dropout(self.ffn(self.norm2(x)))
+        x = x + self.dropout(self.ffn(self.norm2(x)))
+        return x  # noqa: RET504  two lines of one shape
 
 
 class GuppyLM(nn.Module):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 RECIPES = Path(__file__).parent.parent / "training" / "recipes"
 
@@ -23,25 +23,31 @@ class Data(_Section):
     """Which conversations to compose."""
 
     character: str = "guppy"
-    conversations: int = Field(60_000, ge=100)
+    conversations: int = Field(default=60_000, ge=100)
     seed: int = 1
 
 
 class TokenizerSize(_Section):
     """How many tokens there are."""
 
-    vocab_size: int = Field(4096, ge=300, le=32_768)
+    vocab_size: int = Field(default=4096, ge=300, le=32_768)
 
 
 class Shape(_Section):
     """The shape of the model; names as in config.json."""
 
-    hidden_size: int = Field(384, ge=8)
-    num_hidden_layers: int = Field(6, ge=1)
-    num_attention_heads: int = Field(6, ge=1)
-    intermediate_size: int = Field(768, ge=8)
-    max_position_embeddings: int = Field(128, ge=96, le=1024)
-    hidden_dropout_prob: float = Field(0.0, ge=0, lt=1)
+    hidden_size: int = Field(default=384, ge=8)
+    num_hidden_layers: int = Field(default=6, ge=1)
+    num_attention_heads: int = Field(default=6, ge=1)
+    intermediate_size: int = Field(default=768, ge=8)
+    max_position_embeddings: int = Field(default=128, ge=96, le=1024)
+    hidden_dropout_prob: float = Field(default=0.0, ge=0, lt=1)
+
+    @model_validator(mode="after")
+    def _heads_are_equally_wide(self) -> Self:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(f"{self.num_attention_heads} heads cannot share hidden_size {self.hidden_size} evenly")
+        return self
 
 
 class Train(_Section):
@@ -49,20 +55,20 @@ class Train(_Section):
 
     seed: int = 1
     steps: int = Field(ge=1)
-    batch_tokens: int = Field(2048, ge=128)
-    only_listening: float = Field(0.4, ge=0, le=1)
-    listening: float = Field(0.4, ge=0, le=1)
-    prompt_weight: float = Field(0.1, ge=0)
-    thought_weight: float = Field(4.0, ge=0)
-    reply_weight: float = Field(1.0, ge=0)
-    learning_rate: float = Field(1e-3, gt=0)
-    embedding_rate: float = Field(1.0, gt=0)
-    warmup: float = Field(0.05, ge=0, le=1)
-    decay: float = Field(0.5, ge=0, le=1)
-    weight_decay: float = Field(0.1, ge=0)
-    beta1: float = Field(0.9, ge=0, lt=1)
-    beta2: float = Field(0.98, ge=0, lt=1)
-    clip: float = Field(1.0, gt=0)
+    batch_tokens: int = Field(default=2048, ge=128)
+    only_listening: float = Field(default=0.4, ge=0, le=1)
+    listening: float = Field(default=0.4, ge=0, le=1)
+    prompt_weight: float = Field(default=0.1, ge=0)
+    thought_weight: float = Field(default=4.0, ge=0)
+    reply_weight: float = Field(default=1.0, ge=0)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    embedding_rate: float = Field(default=1.0, gt=0)
+    warmup: float = Field(default=0.05, ge=0, le=1)
+    decay: float = Field(default=0.5, ge=0, le=1)
+    weight_decay: float = Field(default=0.1, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.98, ge=0, lt=1)
+    clip: float = Field(default=1.0, gt=0)
 
 
 class Recipe(_Section):
@@ -87,6 +93,8 @@ def load_recipe(name_or_path: str | Path, overrides: list[str] | None = None) ->
         raise RecipeError(f"There is no recipe '{name_or_path}': not a file, and none of {known}.")
     try:
         values: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path} cannot be read: {error.strerror}.") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} is no TOML file: {error}.") from None
     for override in overrides or []:

@@ -30,8 +30,9 @@ def train_tokenizer(
     """
     specials = special_tokens(thoughts)
     if vocab_size < 256 + len(specials):
+        needed = 256 + len(specials)
         raise ValueError(
-            f"vocab_size {vocab_size} is too small: {len(specials)} special tokens and 256 bytes need {256 + len(specials)}."
+            f"vocab_size {vocab_size} is too small: 256 bytes and {len(specials)} special tokens, {needed}."
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

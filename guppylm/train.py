@@ -24,6 +24,7 @@ import os
 import random
 import shutil
 import signal
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -76,7 +77,7 @@ class Rows:
         encoded = [chat.encode(c.prompt, c.reply, c.topic, c.intent) for c in conversations]
         self.lengths = [len(ids) for ids, _, _ in encoded]
         self.thought_at = [thought for _, thought, _ in encoded]
-        longest = max(self.lengths)
+        longest = max(self.lengths, default=0)
         ids = torch.zeros(len(encoded), longest, dtype=torch.int16)
         for row, (tokens, _, _) in enumerate(encoded):
             ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int16)
@@ -135,12 +136,15 @@ def batch_loss(model: nn.Module, rows: Rows, batch: Batch, recipe: Train, share:
     targets = ids[:, 1:]
     at = torch.arange(1, targets.shape[1] + 1, device=ids.device)  # the position each target stands at
     thought, reply, length = rows.thought[index, None], rows.reply[index, None], rows.length[index, None]
-    weights = torch.where(at < thought, recipe.prompt_weight, torch.where(at < reply, recipe.thought_weight, recipe.reply_weight))
+    weights = torch.where(
+        at < thought, recipe.prompt_weight, torch.where(at < reply, recipe.thought_weight, recipe.reply_weight)
+    )
     weights = weights * (at < (reply if batch.listening else length))
     thinking = (at >= thought) & (at < reply)
     total = weights.sum()
     losses, kept = model(ids[share, :-1], targets[share], weights[share] > 0, thinking[share])
-    return (losses * weights[share][kept]).sum() / total
+    loss: Tensor = (losses * weights[share][kept]).sum() / total
+    return loss
 
 
 class Losses(nn.Module):
@@ -240,20 +244,24 @@ def make_chat(
         thoughts.setdefault(topic, []).append(intent)
     prompts = (c.prompt for c in train)
     replies = (c.reply for c in train)
-    return train_tokenizer(prompts, replies, thoughts, recipe.tokenizer.vocab_size), thoughts
+    try:
+        return train_tokenizer(prompts, replies, thoughts, recipe.tokenizer.vocab_size), thoughts
+    except ValueError as error:
+        raise TrainError(f"tokenizer.{error}") from None
 
 
 def check_folder(out: Path) -> None:
     """Find out before the long work whether the run folder can be written and has room. Raises TrainError."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".probe"
-        probe.write_bytes(b"guppy")
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=out):  # a name of its own: several processes look at once
+            pass
     except OSError as error:
         raise TrainError(f"Cannot write to {out}: {error.strerror}. Choose another folder with --out.") from None
     if (free := shutil.disk_usage(out).free) < 500e6:
-        raise TrainError(f"Only {free / 1e6:.0f} MB are free at {out}; a run needs 500 MB. Make room or choose another --out.")
+        raise TrainError(
+            f"Only {free / 1e6:.0f} MB are free at {out}; a run needs 500 MB. Make room or choose another --out."
+        )
 
 
 def best_device() -> torch.device:
@@ -291,6 +299,8 @@ class Run:
         device: torch.device | None = None,
     ) -> None:
         check_folder(out)
+        if not train:
+            raise TrainError("There are no conversations to learn from.")
         self.recipe, self.out, self.device = recipe, out, device or best_device()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.saved = self._read_checkpoint() if resume else None
@@ -317,13 +327,19 @@ class Run:
     def _read_checkpoint(self) -> dict[str, Any]:
         path = self.out / CHECKPOINT
         if not path.is_file():
-            raise TrainError(f"There is no run to resume in {self.out} ({CHECKPOINT} is missing). Start without --resume.")
+            raise TrainError(
+                f"There is no run to resume in {self.out} ({CHECKPOINT} is missing). Start without --resume."
+            )
         try:
             saved: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             raise TrainError(f"{path} cannot be read ({type(error).__name__}). Start without --resume.") from None
+        if not isinstance(saved, dict) or "recipe" not in saved:
+            raise TrainError(f"{path} is no checkpoint of a run. Start without --resume.")
         if saved["recipe"] != self.recipe.model_dump():
-            raise TrainError(f"The run in {self.out} was begun with another recipe. Use that one, or start without --resume.")
+            raise TrainError(
+                f"The run in {self.out} was begun with another recipe. Use that one, or start without --resume."
+            )
         return saved
 
     def save_checkpoint(self) -> None:
@@ -342,10 +358,13 @@ class Run:
         partial = self.out / f"{CHECKPOINT}.partial"
         try:
             torch.save(state, partial)
-            os.replace(partial, self.out / CHECKPOINT)
+            partial.replace(self.out / CHECKPOINT)
         except (OSError, RuntimeError) as error:
             partial.unlink(missing_ok=True)
-            raise TrainError(f"Cannot write {self.out / CHECKPOINT}: {error}. The checkpoint before it is whole; make room, then --resume.") from None
+            raise TrainError(
+                f"Cannot write {self.out / CHECKPOINT}: {error}. "
+                "The checkpoint before it is whole; make room, then --resume."
+            ) from None
 
     def _batches(self) -> Iterator[Batch]:
         """The batches from the current step on: first he only listens, then he speaks, too."""
@@ -368,10 +387,10 @@ class Run:
         self.model.train()
         share = slice(self.rank, None, self.world)
         begun, saved_at, first, tokens = time.monotonic(), time.monotonic(), self.step, 0
-        running = torch.zeros((), device=self.device)
+        running, counted = torch.zeros((), device=self.device), 0  # the losses since the last line
         with stop, (self.out / LOG).open("a", encoding="utf-8") as log:
             for batch in self._batches():
-                if self.step >= recipe.steps or stop.asked:
+                if self.step >= recipe.steps or self._any(stop.asked):
                     break
                 rate = learning_rate(self.step, recipe)
                 for group in self.optimizer.param_groups:
@@ -379,21 +398,23 @@ class Run:
                 with _autocast(self.device):
                     loss = batch_loss(wrapped, self.rows, batch, recipe, share)
                 # DistributedDataParallel averages gradients; the shares are parts of one sum.
-                (loss * self.world).backward()
+                (loss * self.world).backward()  # type: ignore[no-untyped-call]
                 norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
                 self.optimizer.step()
                 self.optimizer.zero_grad(set_to_none=True)
                 self.step += 1
                 tokens += len(batch.rows) * batch.positions
                 running += loss.detach()
+                counted += 1
                 last = self.step == recipe.steps
                 if self.step % STEPS_BETWEEN_LOG_LINES and not last:
                     continue
                 # Only here does the host wait for the device.
                 if self.world > 1:
                     dist.all_reduce(running)
-                mean = running.item() / (self.step % STEPS_BETWEEN_LOG_LINES or STEPS_BETWEEN_LOG_LINES)
+                mean = running.item() / counted
                 running.zero_()
+                counted = 0
                 if not math.isfinite(mean):
                     raise TrainError(
                         f"The loss is no number any more at step {self.step}. The last checkpoint is from before; "
@@ -404,7 +425,13 @@ class Run:
                 if self.config.thoughts and (self.step % examine_every == 0 or last) and len(self.examined):
                     heard = topics_heard(self.model, self.examined, self.chat)
                 if self.rank == 0:
-                    line = {"step": self.step, "loss": mean, "rate": rate, "norm": norm.item(), "tokens_per_second": tokens / seconds}
+                    line = {
+                        "step": self.step,
+                        "loss": mean,
+                        "rate": rate,
+                        "norm": norm.item(),
+                        "tokens_per_second": tokens / seconds,
+                    }
                     log.write(json.dumps(line | ({"topics_heard": heard} if heard is not None else {})) + "\n")
                     log.flush()
                 left = seconds / (self.step - first) * (recipe.steps - self.step)
@@ -413,6 +440,16 @@ class Run:
                     self.save_checkpoint()
                     saved_at = time.monotonic()
         self.save_checkpoint()
+
+    def _any(self, asked: bool) -> bool:
+        """Whether any of the processes is asked to end: they end after the same step, or they'd wait for each other."""
+        if self.world == 1:
+            return asked
+        if self.step % STEPS_BETWEEN_LOG_LINES:
+            return False
+        flag = torch.tensor(float(asked), device=self.device)
+        dist.all_reduce(flag)
+        return bool(flag)
 
     @property
     def finished(self) -> bool:
@@ -468,7 +505,7 @@ SAMPLE_PROMPTS = ["are you hungry", "what is a trombone", "it is raining outside
 @torch.no_grad()
 def sample_reply(run: Run) -> tuple[str, str]:
     """A prompt and what the unfinished fish answers, the likeliest token each time."""
-    prompt = SAMPLE_PROMPTS[run.step // 10 % len(SAMPLE_PROMPTS)]
+    prompt = SAMPLE_PROMPTS[run.step // 100 % len(SAMPLE_PROMPTS)]
     ids = run.chat.encode_prompt(prompt).ids
     begin = len(ids) + (2 if run.config.thoughts else 0)
     run.model.eval()

@@ -71,14 +71,18 @@ class Composer:
         self._character, self._examine = character, examine
         self._rng = random.Random(f"{character.name}/{seed}/{'examine' if examine else 'train'}")
         self._phrasings = {
-            topic.name: Deck(lines, self._rng) for topic in character.topics.values() if (lines := self._wordings(topic))
+            topic.name: Deck(lines, self._rng)
+            for topic in character.topics.values()
+            if (lines := self._wordings(topic))
         }
         self._replies = {
             (topic.name, intent.name): Deck(intent.replies, self._rng)
             for topic in character.topics.values()
             for intent in topic.intents.values()
         }
-        self._asides = {topic.name: Deck(topic.asides, self._rng) for topic in character.topics.values() if topic.asides}
+        self._asides = {
+            topic.name: Deck(topic.asides, self._rng) for topic in character.topics.values() if topic.asides
+        }
         self._topics = list(self._phrasings)
         self._weights = [WEIGHTS.get(topic, 1.0) for topic in self._topics]
 
@@ -150,17 +154,17 @@ def write_jsonl(path: Path, conversations: Iterable[Conversation]) -> None:
 def read_jsonl(path: Path) -> list[Conversation]:
     """The conversations of a data file (ours or the public GuppyLM's). Errors name file and line."""
     conversations = []
-    with path.open(encoding="utf-8") as file:
+    with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             try:
                 row = json.loads(line)
-                conversations.append(
-                    Conversation(row["input"], row["output"], row["category"], row.get("intent", row["category"]))
-                )
-            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-                raise ValueError(
-                    f"{path}:{number} is no conversation; each line is a JSON object with input, output, category ({error!r})."
-                ) from None
+                texts = (row["input"], row["output"], row["category"], row.get("intent", row["category"]))
+                if not all(isinstance(text, str) for text in texts):
+                    raise TypeError("all of them are texts")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                needed = "each line is a JSON object with input, output, category"
+                raise ValueError(f"{path}:{number} is no conversation; {needed} ({error!r}).") from None
+            conversations.append(Conversation(*texts))
     return conversations
 
 
@@ -184,6 +188,8 @@ def report(train: list[Conversation], examined: list[Conversation]) -> dict[str,
         "distinct prompts": len({conversation.prompt for conversation in everything}),
         "distinct replies": len({conversation.reply for conversation in everything}),
         "prompts in both": sum(normalised(conversation.prompt) in known for conversation in examined),
-        "replies with a fault of style": sum(style_fault(conversation.reply) is not None for conversation in everything),
+        "replies with a fault of style": sum(
+            style_fault(conversation.reply) is not None for conversation in everything
+        ),
         "topics": topics,
     }

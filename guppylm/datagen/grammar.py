@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -83,7 +83,7 @@ class Line:
             end = match.end()
         return [*parts, (self.text[end:], "", "")]
 
-    def fill(self, choose: Chooser) -> str:
+    def fill(self, choose: Callable[[str, str], str]) -> str:
         """The text with every slot filled by `choose`."""
         if "{" not in self.text:
             return self.text
@@ -257,7 +257,9 @@ def read_topic(path: Path) -> Topic:
         elif sign == "[":
             name, closed, description = line[1:].partition("]")
             if not closed or not _NAME.fullmatch(name):
-                raise CharacterError(f"{where}: an intent begins with its name in brackets, as in '[hungry] asked ...'.")
+                raise CharacterError(
+                    f"{where}: an intent begins with its name in brackets, as in '[hungry] asked ...'."
+                )
             if name not in topic.intents:
                 topic.intents[name] = Intent(name, description.strip(), where)
             elif description.strip() not in ("", topic.intents[name].description):
@@ -289,7 +291,9 @@ def _check(character: Character) -> None:
         for intent in intents:
             if not intent.phrasings or not intent.replies:
                 missing = "reply ('- ...')" if intent.phrasings else "phrasing ('> ...')"
-                raise CharacterError(f"{intent.where}: the intent '{intent.name}' has no {missing}, so it is never used.")
+                raise CharacterError(
+                    f"{intent.where}: the intent '{intent.name}' has no {missing}, so it is never used."
+                )
         lines = [*topic.asides, *(line for intent in intents for line in [*intent.phrasings, *intent.replies])]
         for line in lines:
             if not line.text:
@@ -321,7 +325,9 @@ def load_character(name_or_path: str | Path = "guppy", *, topics: list[str] | No
         path = CHARACTERS / name_or_path
     if not path.is_dir():
         shipped = ", ".join(sorted(folder.name for folder in CHARACTERS.iterdir() if folder.is_dir()))
-        raise CharacterError(f"There is no character '{name_or_path}': not a folder, and none of those that ship ({shipped}).")
+        raise CharacterError(
+            f"There is no character '{name_or_path}': not a folder, and none of those that ship ({shipped})."
+        )
     files = sorted((path / "topics").glob("*.txt"))
     if topics is not None:
         files = [path / "topics" / f"{topic}.txt" for topic in topics]

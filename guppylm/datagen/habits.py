@@ -27,7 +27,8 @@ def _slang(text: str, rng: random.Random) -> str:
     """`you are` -> `u r`, each with its own chance, at word borders."""
     for plain, shorts in _tables()["slang"].items():
         if plain in text and rng.random() < 0.5:
-            text = re.sub(rf"(?<![\w'])({re.escape(plain)})(?![\w'])", lambda _: rng.choice(shorts), text)
+            word = re.compile(rf"(?<![\w'])({re.escape(plain)})(?![\w'])")
+            text = word.sub(lambda _, shorts=shorts: str(rng.choice(shorts)), text)  # type: ignore[misc]
     return text
 
 
@@ -73,7 +74,8 @@ def _end(text: str, rng: random.Random) -> str:
     if not text[-1].isalnum():
         return text
     ends = _tables()["question_ends" if _is_question(text) else "statement_ends"]
-    return text + rng.choice(ends)
+    end: str = rng.choice(ends)
+    return text + end
 
 
 def _capitals(text: str, rng: random.Random) -> str:

@@ -17,17 +17,25 @@ LONGEST_REPLY = 40  # words, with its aside
 
 _REPLY = re.compile(r"(?:[a-z]+(?:['-][a-z]+)*'?[.,?]? )*[a-z]+(?:['-][a-z]+)*[.?]")
 # Doubled words that are right now and then.
-_MAY_DOUBLE = {"hi", "hello", "that", "had", "very", "so", "blub", "bye", "no", "ha", "glub", "tap", "round", "swim", "nom", "la", "hum"}
+_MAY_DOUBLE = frozenset(
+    "hi hello that had very so blub bye no ha glub tap round swim nom la hum".split()  # noqa: SIM905
+)
 _AGREEMENT = re.compile(
     r"\b(?:i (?:is|are|has|does|wants|likes)\b|(?:he|she|it) (?:are|am|have|do|want|like)\b(?<!did it like)"
     r"|(?:you|we|they) (?:is|am|was|has|does)\b"
     r"|my (?:mouth|tail|belly|body|nose) (?:are|were|have|feel)\b|my (?:fins|gills|eyes|scales) (?:is|was|has|feels)\b"
-    r"|an [bcdfgjklmnpqrstvwxyz][a-z]|a (?:apple|egg|empty|eel|old|ice|open|other|idea|eye|ocean|end|hour|orange|island)\b)"
+    r"|an [bcdfgjklmnpqrstvwxyz][a-z]|a (?:apple|egg|empty|eel|old|ice|open|other|idea|eye|ocean|end"
+    r"|hour|orange|island)\b)"
 )
 # "does it like", "the water around it like ...": a verb in front makes the bare form right.
-_HELPED = re.compile(r"\b(?:do|does|did|can|could|will|would|might|may|must|should|let|make|makes|made|see|hear|help|if) $")
+_HELPED = re.compile(
+    r"\b(?:do|does|did|can|could|will|would|might|may|must|should|let|make|makes|made|see|hear|help|if) $"
+)
 # Where "you was", "they is" and the like follow a noun phrase that ends there ("the shape in front of you is").
-_OF = re.compile(r"\b(?:of|like|with|to|for|near|about|around|behind|by|from|than|on|at|and|over|under|in|between|see|saw|after|before|without|next to) $")
+_OF = re.compile(
+    r"\b(?:of|like|with|to|for|near|about|around|behind|by|from|than|on|at|and|over|under"
+    r"|in|between|see|saw|after|before|without|next to) $"
+)
 
 
 def style_fault(reply: str) -> str | None:
@@ -62,14 +70,18 @@ def _samples(character: Character, topic: Topic, line: Line) -> Iterator[str]:
     """The line with each of its lists' fillers in turn (other slots get their first filler)."""
     lists = {name: character.word_list(topic, name).fillers for name, _ in line.slots}
     for turn in range(max([len(fillers) for fillers in lists.values()], default=1)):
-        yield line.fill(lambda name, index, turn=turn: lists[name][(turn + int(index or 1) - 1) % len(lists[name])])
+
+        def choose(name: str, index: str, turn: int = turn) -> str:
+            return lists[name][(turn + int(index or 1) - 1) % len(lists[name])]
+
+        yield line.fill(choose)
 
 
 def lint_topic(character: Character, topic: Topic) -> Iterator[str]:
     """Every fault of a topic as one printable line."""
     seen: dict[str, str] = {}
     for intent in topic.intents.values():
-        said = [{slot for slot in line.slots} for line in intent.phrasings]
+        said = [set(line.slots) for line in intent.phrasings]
         for line in intent.phrasings:
             text = line.text
             if text in seen:
@@ -124,7 +136,8 @@ def main(names: list[str]) -> int:
             faults += 1
         phrasings = sum(len(intent.phrasings) for intent in topic.intents.values())
         replies = sum(len(intent.replies) for intent in topic.intents.values())
-        print(f"{topic.name}: {phrasings} phrasings, {replies} replies, {len(topic.intents)} intents, {len(topic.asides)} asides")
+        counts = f"{phrasings} phrasings, {replies} replies, {len(topic.intents)} intents, {len(topic.asides)} asides"
+        print(f"{topic.name}: {counts}")
     print(f"{faults} faults")
     return 1 if faults else 0
 
