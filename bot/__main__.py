@@ -133,6 +133,7 @@ async def _adapters(settings: Settings, adapters: list[ModuleType], stop: asynci
             await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
         finally:
             stop.set()  # one that cannot go on ends all: half a service would look like a whole one
+            await asyncio.wait(running)  # but each may finish, whatever the first one has to say
             await asyncio.gather(*running)
 
 

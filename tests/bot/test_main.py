@@ -1,13 +1,18 @@
 """The processes as they are started, `python -m bot ROLE`: each refuses with one sentence and a code of its own."""
 
+import asyncio
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from bot.refusal import ExitCode
+import bot.__main__ as main
+from bot.refusal import ExitCode, Refusal
+from bot.settings import Settings
 from tests.standins.redis_server import RedisServer, free_port
 
 ROOT = Path(__file__).parents[2]
@@ -89,3 +94,24 @@ def test_every_code_of_refusal_is_its_own() -> None:
     codes = [code.value for code in ExitCode]
     assert len(set(codes)) == len(codes)
     assert not {0, 1, 2} & set(codes)
+
+
+async def test_when_one_adapter_cannot_go_on_the_other_one_still_finishes(monkeypatch: pytest.MonkeyPatch) -> None:
+    finished = []
+
+    async def refuse(*_: object) -> None:
+        raise Refusal("Telegram refuses.", ExitCode.TOKEN)
+
+    async def finish(_: object, __: object, stop: asyncio.Event) -> None:
+        await stop.wait()
+        await asyncio.sleep(0.2)
+        finished.append(True)
+
+    async def no_fish(*_: object) -> None:
+        pass
+
+    monkeypatch.setattr(main, "_fish", no_fish)
+    adapters: list[Any] = [SimpleNamespace(serve=refuse), SimpleNamespace(serve=finish)]
+    with pytest.raises(Refusal):
+        await main._adapters(Settings(), adapters, asyncio.Event())
+    assert finished
