@@ -102,9 +102,11 @@ class Batch:
 
 def plan(rows: Rows, recipe: Train, listening_share: float, epoch: int) -> list[Batch]:
     """The batches of one epoch: rows of similar length together, in random order; `listening_share` of the rows end
-    with the thought. Depends on nothing but the data and these arguments, so a continued run finds its place again."""
+    with the thought. When all do, only short ones are taken: among few words it is easier to find the one that counts.
+    Depends on nothing but the data and these arguments, so a continued run finds its place again."""
     rng = random.Random(f"{recipe.seed}/{listening_share}/{epoch}")
-    order = list(range(len(rows)))
+    most = recipe.short if listening_share == 1 else rows.ids.shape[1]
+    order = [row for row, positions in enumerate(rows.thought_at) if positions <= most] or list(range(len(rows)))
     rng.shuffle(order)
     batches: list[Batch] = []
     for begin in range(0, len(order), POOL):
