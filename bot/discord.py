@@ -57,6 +57,8 @@ KNOCK = 10.0
 """Seconds between two looks whether a fish that slept is awake again."""
 SYNC = 15.0
 """Seconds for bringing the commands up to date before going on without."""
+LASTING = 3600.0
+"""Seconds of a connection after which the next start may come at once again."""
 DRAIN = 6.0
 """Seconds for the questions in hand when asked to stop."""
 CLOSE = 1.5
@@ -84,6 +86,7 @@ async def serve(settings: Settings, fish: Fish, stop: asyncio.Event) -> None:
     """
     pause = 1.0
     while not stop.is_set():
+        began = time.monotonic()
         client = build_client(settings, fish)
         async with health.pulse("discord", client.progressing):
             running = asyncio.create_task(client.run_until_closed(), name="discord")
@@ -97,7 +100,9 @@ async def serve(settings: Settings, fish: Fish, stop: asyncio.Event) -> None:
             except (discord.DiscordException, KeyError, *_NETWORK) as error:
                 if refusal := _refusal(error, settings):
                     raise refusal from None
-                log.warning("discord is away", seconds=pause, **_kind(error))
+                if time.monotonic() - began > LASTING:
+                    pause = 1.0
+                log.warning("discord is away", seconds=pause, exc_info=error)
             finally:
                 for task in (running, stopped):
                     task.cancel()
@@ -153,7 +158,8 @@ def _refusal(error: Exception, settings: Settings) -> Refusal | None:
             "Discord refuses this number of shards: leave GUPPY_DISCORD_SHARDS out to take what it recommends.",
             ExitCode.SETTINGS,
         )
-    if isinstance(error, discord.HTTPException) and 400 <= error.status < 500 and error.status != 429:
+    elsewhere = settings.discord_api_base != _DISCORD
+    if elsewhere and isinstance(error, discord.HTTPException) and 400 <= error.status < 500 and error.status != 429:
         return Refusal(
             f"{settings.discord_api_base} answers {error.status} to the login. Check GUPPY_DISCORD_API_BASE.",
             ExitCode.SETTINGS,
@@ -198,7 +204,7 @@ def _plain(text: str) -> str:
 
 
 def _speech(reply: Reply, locale: str | None) -> str:
-    text = _plain(reply.text) or voice.say(Confused.line, locale)
+    text = _plain(reply.text.strip()) or voice.say(Confused.line, locale)
     if reply.prompt_cut:
         aside = "\n-# " + voice.say("prompt_cut", locale)
         text = text[: LONGEST_REPLY - len(aside)] + aside
@@ -316,7 +322,7 @@ class Guppy(discord.AutoShardedClient):
         gateway = self._settings.discord_gateway_url
         try:
             shards, named, starts = await self.http.get_bot_gateway()
-        except (discord.GatewayNotFound, KeyError) as error:
+        except (discord.GatewayNotFound, KeyError, TypeError) as error:
             if gateway is None:
                 raise
             log.warning("the API names no gateway; one shard at GUPPY_DISCORD_GATEWAY_URL", **_kind(error))
@@ -429,8 +435,11 @@ class Guppy(discord.AutoShardedClient):
     # -- messages
 
     async def on_message(self, message: discord.Message) -> None:
-        if not self._called(message):
-            return
+        if self._called(message):
+            with self._holding():
+                await self._hear(message)
+
+    async def _hear(self, message: discord.Message) -> None:
         age = (discord.utils.utcnow() - message.created_at).total_seconds()
         if STALE < age < REPLAYED:
             self._count("stale")
@@ -439,7 +448,6 @@ class Guppy(discord.AutoShardedClient):
         if not self._breaker.allows(message.channel.id):
             self._count("loop")
             return
-        self._breaker.count(message.channel.id)
         assert self.user is not None
         started = time.monotonic()
 
@@ -457,8 +465,12 @@ class Guppy(discord.AutoShardedClient):
             answer_always=False,
             typing_in=message.channel,
         )
-        not_here = "no_dms" if private and not self._settings.discord_dms else None
-        await self._attend(question, started, not_here)
+        refusal = None
+        if private and not self._settings.discord_dms:
+            refusal = "no_dms"
+        elif not question.words and question.wordless == "unheard":
+            refusal = "unheard"  # perhaps not meant for him: once is enough
+        await self._attend(question, started, refusal)
 
     def _called(self, message: discord.Message) -> bool:
         """Whether it is said to him, by a person, where he may speak."""
@@ -481,6 +493,7 @@ class Guppy(discord.AutoShardedClient):
         )
 
     async def _reply(self, message: discord.Message, text: str) -> None:
+        self._breaker.count(message.channel.id)
         try:
             # With a nonce, Discord takes a second attempt for the first and posts nothing.
             await message.reply(text, mention_author=False, nonce=str(message.id), suppress_embeds=True)
@@ -514,6 +527,10 @@ class Guppy(discord.AutoShardedClient):
 
     async def answer(self, interaction: discord.Interaction, words: str, wordless: str, hidden: bool) -> None:
         """Answer `/guppy` and "Ask Guppy"."""
+        with self._holding():
+            await self._answer(interaction, words, wordless, hidden)
+
+    async def _answer(self, interaction: discord.Interaction, words: str, wordless: str, hidden: bool) -> None:
         started = time.monotonic()
         locale = interaction.locale.value
         refusal = self._no_place(interaction)
@@ -570,12 +587,11 @@ class Guppy(discord.AutoShardedClient):
 
     async def _attend(self, question: _Question, started: float, refusal: str | None = None) -> None:
         """Answer `question`, or tell why not, and count what became of it."""
-        with self._holding():
-            try:
-                outcome = await self._outcome(question, refusal)
-            except DeliveryError as failed:
-                self._count("undeliverable", failed.__cause__)
-                return
+        try:
+            outcome = await self._outcome(question, refusal)
+        except DeliveryError as failed:
+            self._count("undeliverable", failed.__cause__)
+            return
         seconds = time.monotonic() - started
         if outcome == "answered":
             metrics.REPLY_SECONDS.labels("discord").observe(seconds)
@@ -642,6 +658,7 @@ class Guppy(discord.AutoShardedClient):
 
     @contextmanager
     def _holding(self) -> Iterator[None]:
+        """Something is in hand for as long as the block runs, and `finish` waits for it."""
         task = asyncio.current_task()
         assert task is not None
         self._in_hand.add(task)

@@ -125,8 +125,10 @@ async def test_a_reply_that_discord_does_not_show_him_gets_a_line_of_its_own() -
     async with aquarium() as a:
         told = await a.alice.slash(a.tank, "guppy", message="hello")
         await a.alice.send(a.tank, "what do you eat", reply_to=told.response)  # words withheld: it answers a command
-        assert a.fish.asked == ["hello"]
         assert a.heard()[-1] in voice.variants("unheard")
+        await a.alice.send(a.tank, "and now", reply_to=told.response)
+        assert a.fish.asked == ["hello"]
+        assert len(a.heard()) == 2  # told once
 
 
 async def test_what_is_not_said_to_him_is_not_answered() -> None:
@@ -314,6 +316,13 @@ async def test_ids_of_people_and_places_do_not_reach_the_fish() -> None:
         assert a.fish.asked == ["tell somebody in over there :bubble: /guppy"]
 
 
+async def test_a_reply_of_nothing_but_space_becomes_a_line() -> None:
+    async with aquarium() as a:
+        a.fish.reply = Reply(" \n ")
+        await a.alice.send(a.tank, f"{a.me} hello")
+        assert a.heard()[0] in voice.variants("confused")
+
+
 @pytest.mark.parametrize("error", [Asleep(), Busy(), Confused()])
 async def test_why_there_is_no_reply_is_told_in_character_once(error: FishError) -> None:
     async with aquarium() as a:
@@ -431,6 +440,15 @@ async def test_a_loop_in_one_channel_is_broken_and_other_channels_go_on() -> Non
         other = a.guild.create_text_channel("other")
         await people[0].send(other, f"{a.me} hello")
         assert a.heard(other) == ["blub. hello"]
+
+
+async def test_one_who_floods_does_not_silence_the_channel() -> None:
+    async with aquarium(person_per_minute=1, person_burst=2) as a:
+        bob = a.guild.add_member(a.env.create_user("bob"))
+        for n in range(50):
+            await a.alice.send(a.tank, f"{a.me} {n}")
+        await bob.send(a.tank, f"{a.me} me too")
+        assert a.heard()[-1] == "blub. me too"
 
 
 async def test_so_many_questions_at_once_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
