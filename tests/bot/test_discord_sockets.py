@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import pytest
@@ -17,7 +18,7 @@ from bot.fish import Asleep, Fish, FishError, Reply
 from bot.refusal import ExitCode, Refusal
 from bot.settings import Settings
 from tests.bot.conftest import StartWorker
-from tests.standins.discord import BOT, CHANNEL, DIRECT, PERSON, TOKEN, DiscordServer, error, person, too_many
+from tests.standins.discord import BOT, CHANNEL, DIRECT, PERSON, TOKEN, DiscordServer, Session, error, person, too_many
 from tests.standins.processes import Process, until
 from tests.standins.redis_server import RedisServer
 
@@ -326,6 +327,25 @@ async def test_in_a_home_channel_everything_is_answered() -> None:
         serving(server, StandInFish(), discord_home_channels={CHANNEL}),
     ):
         assert await server.reply_to(await server.say("just talking", mention=False)) == "blub. just talking"
+
+
+class SparseServer(DiscordServer):
+    """A server that says no more than it must, as others than Discord may."""
+
+    async def _emit(self, session: Session, event: str, data: dict[str, Any]) -> None:
+        if event == "GUILD_CREATE":
+            return
+        if event == "READY":
+            data = {key: value for key, value in data.items() if key != "shard"} | {"guilds": []}
+        await super()._emit(session, event, data)
+
+
+async def test_a_server_of_few_words_is_understood() -> None:
+    async with SparseServer() as server:
+        server.faults.append(lambda _, path: error(404, 0) if path.endswith(("/gateway/bot", "/commands")) else None)
+        async with serving(server, StandInFish()):
+            assert await server.reply_to(await server.say("hello", id="1001")) == "blub. hello"
+            assert await server.reply_to(await server.say("hello you", direct=True, id="1002")) == "blub. hello you"
 
 
 async def test_shards_are_as_many_as_discord_recommends_or_as_set() -> None:
