@@ -603,6 +603,8 @@ class _Guppy:
             log.info(outcome, seconds=round(seconds, 3))
         finally:
             self._in_hand.discard(task)
+            # The application holds on to the last update until the next one comes: give it one that says nothing.
+            self.application.update_queue.put_nowait(None)
 
     async def _outcome(self, question: _Question) -> str:
         clock = asyncio.get_running_loop().time

@@ -17,6 +17,7 @@ from bot.fish import Asleep, Busy, Confused, Reply
 from bot.refusal import ExitCode, Refusal
 from bot.settings import Settings
 from tests.bot.conftest import StartWorker
+from tests.bot.test_privacy import CANARY, left_in_memory
 from tests.standins.processes import Process
 from tests.standins.redis_server import RedisServer, free_port
 from tests.standins.telegram import Chat, Fault, Json, TelegramServer
@@ -588,7 +589,7 @@ async def test_the_limit_of_a_person_holds_across_processes(
 
 
 @pytest.mark.parametrize(
-    ("age", "answered"), [(100, True), (119, True), (130, False), (80_000, False), (200_000, True)]
+    ("age", "answered"), [(60, True), (105, True), (130, False), (80_000, False), (200_000, True)]
 )
 async def test_a_backlog_is_answered_up_to_two_minutes_old(
     telegram: TelegramServer, fish: StandInFish, age: float, answered: bool
@@ -917,6 +918,29 @@ async def test_it_is_healthy_while_polls_return(
         await telegram.open()
         await telegram.until(lambda: health.check("telegram") is None)
     assert health.check("telegram") is not None
+
+
+async def test_no_word_is_left_in_the_memory_of_the_adapter(
+    telegram: TelegramServer, fish: StandInFish, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter, "POLL", 1)  # the last answer of a connection stays in it until the next one
+    anna = telegram.person("Anna")
+
+    async def talk() -> None:
+        for n in range(3):
+            await telegram.say(telegram.private(anna), f"{CANARY} {n}", by=anna)
+        await telegram.heard(telegram.private(anna), 3)
+
+    async with swimming(telegram, fish):
+        await talk()
+        assert len(left_in_memory(CANARY + " ")) > 3, "the stand-ins have it, and so it would be found"
+        await telegram.close()  # its connections, too, keep their last answer
+        await telegram.open()
+        telegram.chats.clear()
+        telegram.calls.clear()
+        fish.asked.clear()
+        await asyncio.sleep(2.5)
+        assert left_in_memory(CANARY + " ") == []
 
 
 # --- webhook ---------------------------------------------------------------------------------------------------------
