@@ -11,6 +11,7 @@
 
 import argparse
 import asyncio
+import itertools
 import os
 import random
 import resource
@@ -72,6 +73,9 @@ def megabytes(pid: int) -> float:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
 
 
+_messages = map(str, itertools.count())
+
+
 class People:
     """People who each ask, read the reply for `think` seconds, and ask again, as an adapter sees them."""
 
@@ -79,12 +83,10 @@ class People:
         self.fish, self.limits, self.think = fish, limits, think
         self.seconds: list[float] = []
         self.outcomes: Counter[str] = Counter()
-        self._messages = 0
 
     async def ask(self, person: str, words: str) -> None:
-        self._messages += 1
         started = time.perf_counter()
-        async with self.limits.turn(person, f"{os.getpid()} {self._messages}") as turn:
+        async with self.limits.turn(person, next(_messages)) as turn:
             if turn.verdict is not Verdict.WELCOME:
                 self.outcomes[turn.verdict.value] += 1
                 return
@@ -146,21 +148,25 @@ async def flood(arguments: argparse.Namespace) -> None:
         settings = settings_for(redis)
         limits = RedisLimiter(settings, "discord", settings.discord_token)
         async with QueuedFish(settings) as fish:
-            p99 = {}
-            for name in ("warming up", "in peace", "in the flood"):
-                crowd = People(fish, limits, arguments.think)
-                flooder = People(fish, limits, 0)
-                until = time.monotonic() + (5 if name == "warming up" else arguments.seconds)
-                tasks = [asyncio.create_task(crowd.live(f"person {n}", until)) for n in range(arguments.people)]
-                while name == "in the flood" and time.monotonic() < until:
+            peace, storm = People(fish, limits, arguments.think), People(fish, limits, arguments.think)
+            flooder = People(fish, limits, 0)
+            for n in range(
+                7
+            ):  # in turns, so that a machine that is busy for a while is so for both; the first warms up
+                crowd = storm if n % 2 else peace
+                if n == 1:
+                    peace.seconds.clear()
+                until = time.monotonic() + arguments.seconds / 3
+                tasks = [asyncio.create_task(crowd.live(f"person {m}", until)) for m in range(arguments.people)]
+                while crowd is storm and time.monotonic() < until:
                     tasks.append(asyncio.create_task(flooder.ask("flooder", "me me me")))
                     await asyncio.sleep(1 / arguments.per_second)
                 await asyncio.gather(*tasks)
-                p99[name] = sorted(crowd.seconds)[len(crowd.seconds) * 99 // 100]
-                if name != "warming up":
-                    print(f"{name:13} {len(crowd.seconds)} replies to the others, {percentiles(crowd.seconds)}")
+            for name, crowd in (("in peace", peace), ("in the flood", storm)):
+                print(f"{name:13} {len(crowd.seconds)} replies to the others, {percentiles(crowd.seconds)}")
+            p99 = [sorted(crowd.seconds)[len(crowd.seconds) * 99 // 100] for crowd in (peace, storm)]
             print(f"the flooder: {', '.join(f'{n} {outcome}' for outcome, n in flooder.outcomes.most_common())}")
-            print(f"the others' p99 in the flood is {p99['in the flood'] / p99['in peace']:.2f} of that in peace")
+            print(f"the others' p99 in the flood is {p99[1] / p99[0]:.2f} of that in peace")
         await limits.aclose()
 
 

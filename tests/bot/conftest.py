@@ -19,7 +19,7 @@ def own_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.fixture
 def settings(redis_server: RedisServer) -> Settings:
-    return Settings.model_validate({"redis_url": redis_server.url, "deadline": 10})
+    return Settings.model_validate({"redis_url": redis_server.url, "deadline": 40})
 
 
 StartWorker = Callable[..., Process]

@@ -73,7 +73,7 @@ async def test_no_word_is_left_in_redis_logs_or_metrics(
 async def test_no_word_is_left_in_the_memory_of_worker_and_adapter(
     settings: Settings, redis_server: RedisServer
 ) -> None:
-    async with working(settings), QueuedFish(settings.model_copy(update={"deadline": 8.0})) as fish:
+    async with working(settings), QueuedFish(settings) as fish:
 
         async def ask(prompt: str) -> None:
             with suppress(Confused):

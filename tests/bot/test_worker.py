@@ -10,7 +10,7 @@ from bot.queue import REQUESTS, QueuedFish
 from bot.settings import Settings
 from tests.bot.conftest import StartWorker
 from tests.standins.engine import StandInEngine
-from tests.standins.processes import awake, scrape, until, working
+from tests.standins.processes import awake, in_hand, scrape, until, working
 from tests.standins.redis_server import RedisServer, free_port
 
 
@@ -54,8 +54,7 @@ async def test_a_worker_that_is_slow_but_steps_keeps_its_questions(
     await awake(redis_server)
     async with QueuedFish(settings) as fish:
         asking = asyncio.create_task(fish.ask("take your time"))
-        await until(lambda: redis_server.client().xlen(REQUESTS) == 1)
-        await asyncio.sleep(0.2)
+        await in_hand(redis_server, 1)
         other = start_worker()
         assert (await asking).text == "blub. take your time"
     assert '"tries": 2' not in slow.log.read_text() + other.log.read_text()

@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from bot import worker
-from bot.queue import WORKERS
+from bot.queue import GROUP, REQUESTS, WORKERS
 from bot.settings import Settings
 from tests.standins.engine import StandInEngine
 from tests.standins.redis_server import RedisServer
@@ -35,10 +35,10 @@ class Process:
                 env={**os.environ, "TMPDIR": str(folder), "GUPPY_LOG_FORMAT": "json", **environment},
             )
 
-    def exit_code(self, within: float = 15) -> int:
+    def exit_code(self, within: float = 45) -> int:
         return self.process.wait(timeout=within)
 
-    async def logs(self, text: str, within: float = 15) -> None:
+    async def logs(self, text: str, within: float = 45) -> None:
         """Wait until it has logged `text`."""
         await until(lambda: text in self.log.read_text(), within)
 
@@ -57,7 +57,7 @@ async def working(settings: Settings, engine: StandInEngine | None = None) -> As
         await engine.aclose()
 
 
-async def until(condition: Callable[[], bool], within: float = 15) -> None:
+async def until(condition: Callable[[], bool], within: float = 45) -> None:
     """Wait for something that another process does."""
     deadline = time.monotonic() + within
     while not condition():
@@ -69,6 +69,12 @@ async def awake(server: RedisServer, workers: int = 1) -> None:
     """Wait until so many workers have shown themselves."""
     with server.client() as client:
         await until(lambda: client.zcard(WORKERS) == workers)
+
+
+async def in_hand(server: RedisServer, questions: int) -> None:
+    """Wait until workers have so many questions in work."""
+    with server.client() as client:
+        await until(lambda: bool(client.exists(REQUESTS)) and client.xpending(REQUESTS, GROUP)["pending"] == questions)
 
 
 def scrape(port: int) -> str:
