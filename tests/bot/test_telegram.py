@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from telegram import Bot
+from telegram.error import BadRequest
 
 from bot import health, voice
 from bot import telegram as adapter
@@ -385,6 +387,20 @@ async def test_in_a_group_replies_keep_the_order_of_the_questions_while_the_fish
         assert time.monotonic() - began < 3.3
 
 
+async def test_a_busy_group_gets_what_telegram_allows_and_nothing_after_the_deadline(
+    telegram: TelegramServer, fish: StandInFish
+) -> None:
+    group, tank = telegram.group(), telegram.person("Anna")
+    async with swimming(telegram, fish, deadline=2):
+        for n in range(30):
+            await telegram.say(group, f"/guppy {n}", by=telegram.person(f"{n}"))
+        await telegram.heard(group, 20)
+        await telegram.say(telegram.private(tank), "hi", by=tank)
+        await telegram.heard(telegram.private(tank), within=3)
+        await telegram.idle(6)
+    assert 20 <= len(telegram.said_in(group)) <= 22
+
+
 @pytest.mark.parametrize("description", ["bot was blocked by the user", "bot was kicked from the supergroup chat"])
 async def test_where_he_may_not_write_he_drops_the_reply_and_goes_on(
     telegram: TelegramServer, fish: StandInFish, description: str
@@ -588,9 +604,7 @@ async def test_the_limit_of_a_person_holds_across_processes(
     assert fish.asked == [f"{telegram.port} 0", f"{telegram.port} 1"]
 
 
-@pytest.mark.parametrize(
-    ("age", "answered"), [(60, True), (105, True), (130, False), (80_000, False), (200_000, True)]
-)
+@pytest.mark.parametrize(("age", "answered"), [(60, True), (105, True), (130, False), (80_000, False), (200_000, True)])
 async def test_a_backlog_is_answered_up_to_two_minutes_old(
     telegram: TelegramServer, fish: StandInFish, age: float, answered: bool
 ) -> None:
@@ -745,6 +759,63 @@ async def test_without_the_settings_guests_and_inline_queries_are_not_even_fetch
         telegram.type_inline(anna, "hi")
         await telegram.idle(1.0)
     assert fish.asked == []
+
+
+# --- the factory, and the stand-in -----------------------------------------------------------------------------------
+
+
+async def test_the_application_also_works_in_the_librarys_own_hands(
+    telegram: TelegramServer, fish: StandInFish
+) -> None:
+    """`run_polling` does these steps, with signal handlers that a test has no use for."""
+    anna = telegram.person("Anna")
+    application = adapter.build_application(settings_for(telegram), fish)
+    assert telegram.calls == []
+    async with application:
+        assert application.post_init is not None
+        assert application.post_stop is not None
+        assert application.post_shutdown is not None
+        assert application.updater is not None
+        await application.post_init(application)
+        await application.start()
+        await application.updater.start_polling()
+        await telegram.say(telegram.private(anna), "hi", by=anna)
+        await telegram.heard(telegram.private(anna))
+        await telegram.until(lambda: telegram.made("getMyShortDescription"))
+        await application.updater.stop()
+        await application.stop()
+        await application.post_stop(application)
+    await application.post_shutdown(application)
+
+
+@pytest.mark.parametrize(
+    ("method", "params"),
+    [
+        ("sendMessage", {"chat_id": 1, "text": "x" * 4097}),
+        ("sendMessage", {"chat_id": 1, "text": ""}),
+        ("sendMessage", {"chat_id": 1}),
+        ("sendMessage", {"chat_id": 1, "text": "hi", "reply_to": 5}),
+        ("sendMessage", {"chat_id": "one", "text": "hi"}),
+        ("sendMessage", {"chat_id": 1, "text": "hi", "reply_parameters": {"message_id": 0}}),
+        ("sendMessage", {"chat_id": 1, "text": "hi", "parse_mode": "html"}),
+        ("sendChatAction", {"chat_id": 1, "action": "thinking"}),
+        ("setMyCommands", {"commands": [{"command": "Help!", "description": "x"}]}),
+        ("setMyCommands", {"commands": [{"command": "help", "description": ""}]}),
+        ("setMyShortDescription", {"short_description": "x" * 121}),
+        ("setWebhook", {"url": "http://fish.example"}),
+        ("setWebhook", {"url": "https://fish.example", "secret_token": "not allowed"}),
+        ("getUpdates", {"limit": 101}),
+        ("answerInlineQuery", {"inline_query_id": "1", "results": [{"type": "article", "id": "1"}]}),
+    ],
+)
+async def test_the_stand_in_takes_nothing_that_the_bot_api_would_not(
+    telegram: TelegramServer, method: str, params: Json
+) -> None:
+    async with Bot(telegram.token, base_url=telegram.base) as bot:
+        with pytest.raises(BadRequest):
+            await bot.do_api_request(method, api_kwargs=params)
+    assert len(telegram.violations) == 1
+    telegram.violations.clear()
 
 
 # --- life ------------------------------------------------------------------------------------------------------------
