@@ -57,6 +57,7 @@ class Train(_Section):
     steps: int = Field(ge=1)
     batch_tokens: int = Field(default=2048, ge=128)
     only_listening: float = Field(default=0.4, ge=0, le=1)
+    short: int = Field(default=18, ge=1)
     listening: float = Field(default=0.4, ge=0, le=1)
     prompt_weight: float = Field(default=0.1, ge=0)
     thought_weight: float = Field(default=4.0, ge=0)
