@@ -8,13 +8,13 @@ unknown key are a `ModelError` that names file and field.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from safetensors.torch import save as serialize
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from torch import Tensor
 
@@ -179,13 +179,13 @@ def save(folder: Path, model: GuppyLM, tokenizer: Tokenizer, card: str, dtype: t
     config = {**_LABELS, **asdict(model.config)}
     state = {name: tensor.detach().to("cpu", dtype).contiguous() for name, tensor in model.state_dict().items()}
     del state["lm_head.weight"]  # the token embedding, stored once
-    contents = {
-        "config.json": (json.dumps(config, indent=2) + "\n").encode(),
-        "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
-        "model.safetensors": serialize(state),
-        "README.md": card.encode(),
+    writers: dict[str, Callable[[Path], object]] = {
+        "config.json": lambda path: path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8"),
+        "tokenizer.json": lambda path: tokenizer.save(str(path)),
+        "model.safetensors": lambda path: save_file(state, path),
+        "README.md": lambda path: path.write_text(card, encoding="utf-8"),
     }
-    for name, content in contents.items():
+    for name, write in writers.items():
         partial = folder / f"{name}.partial"
-        partial.write_bytes(content)
+        write(partial)
         partial.replace(folder / name)
