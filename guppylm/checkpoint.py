@@ -137,34 +137,57 @@ def _read_weights(folder: Path) -> tuple[Path, dict[str, Tensor]]:
     raise ModelError(f"{folder} has no weights: neither model.safetensors nor pytorch_model.bin.")
 
 
+def _shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The tensors of a model and their shapes. (Asking a model on torch's meta device takes a second longer: it
+    imports the compiler.)"""
+    C, F = config.hidden_size, config.intermediate_size
+    block: dict[str, tuple[int, ...]] = {
+        "norm1.weight": (C,),
+        "norm1.bias": (C,),
+        "attn.qkv.weight": (3 * C, C),
+        "attn.qkv.bias": (3 * C,),
+        "attn.out.weight": (C, C),
+        "attn.out.bias": (C,),
+        "norm2.weight": (C,),
+        "norm2.bias": (C,),
+        "ffn.up.weight": (F, C),
+        "ffn.up.bias": (F,),
+        "ffn.down.weight": (C, F),
+        "ffn.down.bias": (C,),
+    }
+    return {
+        "tok_emb.weight": (config.vocab_size, C),
+        "pos_emb.weight": (config.max_position_embeddings, C),
+        **{f"blocks.{n}.{name}": shape for n in range(config.num_hidden_layers) for name, shape in block.items()},
+        "norm.weight": (C,),
+        "norm.bias": (C,),
+        "lm_head.weight": (config.vocab_size, C),
+    }
+
+
 def load(model: str | Path = DEFAULT_MODEL) -> Checkpoint:
     """Load a model folder. Raises ModelError."""
     folder = find(model)
     config = _read_config(folder / "config.json")
     chat = _read_tokenizer(folder / "tokenizer.json", config)
     path, state = _read_weights(folder)
-    if config.num_hidden_layers > len(state):  # before as many are made
-        raise ModelError(f"{path}: config.json says num_hidden_layers {config.num_hidden_layers}; it holds fewer.")
-    try:
-        with torch.device("meta"):
-            fish = GuppyLM(config)
-    except RuntimeError as error:
-        raise ModelError(f"{folder / 'config.json'} describes a model that is too large ({error}).") from None
     state.setdefault("lm_head.weight", state.get("tok_emb.weight", torch.empty(0)))  # tied: ours is stored once
-    expected = dict(fish.state_dict())
+    if config.num_hidden_layers > len(state):
+        raise ModelError(f"{path}: config.json says num_hidden_layers {config.num_hidden_layers}; it holds fewer.")
+    expected = _shapes(config)
     if missing := sorted(set(expected) - set(state)):
         raise ModelError(f"{path}: the tensor '{missing[0]}' is missing.")
     if extra := sorted(set(state) - set(expected)):
         raise ModelError(f"{path}: unexpected tensor '{extra[0]}'; config.json describes a smaller model.")
-    for name, tensor in state.items():
-        if tensor.shape != expected[name].shape:
-            raise ModelError(
-                f"{path}: '{name}' has shape {tuple(tensor.shape)}, config.json asks for {tuple(expected[name].shape)}."
-            )
+    for name, shape in expected.items():
+        tensor = state[name]
+        if tensor.shape != shape:
+            raise ModelError(f"{path}: '{name}' has shape {tuple(tensor.shape)}, config.json asks for {shape}.")
         if not tensor.is_floating_point() or not tensor.float().isfinite().all():
             raise ModelError(f"{path}: '{name}' holds values that are not finite numbers.")
     if not torch.equal(state["lm_head.weight"], state["tok_emb.weight"]):
         raise ModelError(f"{path}: 'lm_head.weight' differs from 'tok_emb.weight'; Guppy's head is tied to it.")
+    fish = GuppyLM(config)
     fish.load_state_dict({name: tensor.float() for name, tensor in state.items()}, assign=True)
     fish.lm_head.weight = fish.tok_emb.weight
     return Checkpoint(folder, fish.eval().requires_grad_(False), chat)
