@@ -97,12 +97,20 @@ def test_of_an_error_only_its_type_and_place_are_logged(script: str, form: str) 
 def test_no_secret_of_the_settings_is_logged_by_anybody() -> None:
     output = logged(
         "log.warning('https://api.telegram.org/bot123456:telegram-token/getMe')\n"
-        "logging.getLogger('telegram').error('using %s', '123456:telegram-token')\n"
+        "logging.getLogger('telegram').error('using 123456:telegram-token')\n"
         "logging.getLogger('redis').error('%s or %s', 'redis://:redis%2Fpassword@localhost', 'redis/password')"
     )
     assert output.count("[secret]") >= 4
     assert "telegram-token" not in output
     assert "password" not in output
+
+
+def test_an_update_that_the_telegram_library_could_not_read_is_not_written_out() -> None:
+    output = logged(
+        f"logging.getLogger('telegram.ext.ExtBot').critical('Received data was %s', {{'text': {CANARY!r}}})"
+    )
+    assert "Received data was %s" in output
+    assert CANARY not in output
 
 
 def test_a_line_that_cannot_be_written_is_reported_without_its_arguments() -> None:

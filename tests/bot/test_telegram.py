@@ -788,6 +788,7 @@ async def test_the_application_also_works_in_the_librarys_own_hands(
     await application.post_shutdown(application)
 
 
+@pytest.mark.filterwarnings("ignore:Please use")
 @pytest.mark.parametrize(
     ("method", "params"),
     [
@@ -1112,14 +1113,14 @@ async def test_adapter_and_worker_as_processes_answer_and_stop_and_their_logs_te
     start_worker()
     try:
         await process.logs("awake", within=30)
-        await telegram.say(tank, "yellow-canary", by=anna)
+        await telegram.say(tank, CANARY, by=anna)
         [reply] = await telegram.heard(tank, within=30)
-        assert reply["text"] == "blub. yellow-canary"
+        assert reply["text"] == f"blub. {CANARY}"
         telegram.fail("getUpdates", Fault(status=500), Fault(cut="after"), Fault(status=409, description="Conflict"))
         telegram.fail("sendMessage", Fault(status=500), Fault(cut="after"), Fault(retry_after=1), Fault(retry_after=99))
-        telegram.update("message", {"text": "yellow-canary"})
+        telegram.update("message", {"text": CANARY})
         for n in range(6):
-            await telegram.say(tank, f"yellow-canary {n}", by=anna)
+            await telegram.say(tank, f"{CANARY} {n}", by=anna)
         await telegram.until(lambda: len(telegram.made("sendMessage")) >= 6, 40)
         check = Process(["-m", "bot", "health", "telegram"], process.folder / "check", {"TMPDIR": str(process.folder)})
         assert await asyncio.to_thread(check.exit_code) == 0
