@@ -58,7 +58,6 @@ class Train(_Section):
     batch_tokens: int = Field(default=2048, ge=128)
     only_listening: float = Field(default=0.35, ge=0, le=1)
     short: int = Field(default=18, ge=1)
-    short: int = Field(default=18, ge=1)
     listening: float = Field(default=0.4, ge=0, le=1)
     prompt_weight: float = Field(default=0.1, ge=0)
     thought_weight: float = Field(default=4.0, ge=0)
