@@ -143,8 +143,8 @@ class Link:
             stale = self._commands.is_connected
             try:
                 answers = await self._round_trip(self._commands, commands)
-            except Away:
-                if not stale:
+            except Away as away:
+                if not stale or isinstance(away, _Silent):
                     raise
                 # An idle connection is cut by many things on the way; that alone is no outage.
                 answers = await self._round_trip(self._commands, commands)
@@ -206,6 +206,10 @@ class _NotServing(Away):
     pass
 
 
+class _Silent(Away):
+    pass
+
+
 # The first word of an error says what it is; from inside a script, Redis 6 puts the word into the middle.
 _KINDS: dict[str, type[Away]] = {
     "NOSCRIPT": _UnknownScript,
@@ -218,7 +222,7 @@ _KINDS: dict[str, type[Away]] = {
     "WRONGPASS": Denied,
     "NOPERM": Denied,
 }
-_CODE = re.compile(r"\b(" + "|".join([*_KINDS, "NOGROUP", "WRONGTYPE", "UNBLOCKED"]) + r")\b")
+_CODE = re.compile(r"\b(" + "|".join([*_KINDS, "NOGROUP", "UNBLOCKED"]) + r")\b")
 _CLASSES: dict[type[Exception], str] = {
     # redis-py takes the code away from the messages of the errors that it knows.
     exceptions.NoScriptError: "NOSCRIPT",
@@ -242,10 +246,12 @@ def _refusal(error: Exception) -> Away:
     if isinstance(error, exceptions.InvalidResponse):
         return Denied("what answers there is no Redis")
     if isinstance(error, exceptions.ResponseError):  # no way to be away, but a mistake of ours or of the server's
-        where = re.search(r"user_script:\d+", str(error))
-        reason = f"{type(error).__name__} {where[0] if where else ''}".strip()
+        where = re.search(r"WRONGTYPE|user_script:\d+", str(error))
+        reason = where[0] if where else type(error).__name__
         log.error("redis failed a command", reason=reason)
         return Away(reason)
+    if isinstance(error, TimeoutError | exceptions.TimeoutError):
+        return _Silent("no answer in time")
     cause = error.__cause__ or error.__context__
     if isinstance(cause, ssl.SSLError):
         return Denied(f"TLS: {cause.reason or type(cause).__name__}")

@@ -337,6 +337,8 @@ class QueuedFish:
             except Away:
                 if self._away_since is None:
                     self._away_since = time.monotonic()
+            except Exception as error:  # a reply that is a bug must not cost everybody else theirs
+                log.error("replies failed", exc_info=error)
             if self._given_up():
                 self._fail_open()
             await asyncio.sleep(pause)
