@@ -7,13 +7,13 @@ ARG PYTHON=python:3.11-slim-bookworm
 FROM ${PYTHON} AS made
 ARG TORCH=cpu
 COPY docker/locks/worker.lock docker/locks/torch-${TORCH}.lock /tmp/locks/
-# torch's headers are for building extensions: 60 MB that stay out.
+# torch's headers and tests stay out: 200 MB that only a developer of it needs.
 RUN python -m venv --without-pip /opt/guppy \
  && pip --python /opt/guppy/bin/python install --no-cache-dir --no-deps --require-hashes --only-binary :all: \
       -r /tmp/locks/worker.lock \
  && pip --python /opt/guppy/bin/python install --no-cache-dir --no-deps --require-hashes --only-binary :all: \
       -r /tmp/locks/torch-${TORCH}.lock \
- && rm -r /opt/guppy/lib/python3*/site-packages/torch/include
+ && cd /opt/guppy/lib/python3*/site-packages/torch && rm -r include test bin/*test*
 COPY docker/run-role.sh /app/
 COPY guppylm /app/guppylm
 COPY bot /app/bot

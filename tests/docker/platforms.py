@@ -78,7 +78,9 @@ async def serve() -> None:
 
         async def ask_on_discord(text: str) -> Callable[[], list[str]]:
             id = next(_people)
-            message = await discord_server.say(text, author=discord.person(id, f"person{id}"))
+            # A chat of its own: in one channel Guppy says only so much in a minute.
+            author = discord.person(id, f"person{id}")
+            message = await discord_server.say(text, direct=True, author=author, channel_id=str(id + 1_000_000))
             return lambda: discord_server.replies(message)
 
         async def ask_on_telegram(text: str) -> Callable[[], list[str]]:
