@@ -417,7 +417,7 @@ def pull(model: Annotated[str, typer.Argument(help="owner/name, or owner/name@re
     if not hub.is_repository(model):
         give_up(f"'{model}' is no hub repository; write owner/name.", 2)
     try:
-        console.print(f"{hub.pull(model)}")
+        typer.echo(hub.pull(model))  # a path alone, for scripts
     except hub.HubError as error:
         give_up(str(error))
 
@@ -433,7 +433,7 @@ def push(
 
     try:
         checkpoint.load(folder)  # nobody should download a broken fish
-        console.print(hub.push(folder, repository, private=private))
+        typer.echo(hub.push(folder, repository, private=private))
     except (checkpoint.ModelError, hub.HubError) as error:
         give_up(str(error))
 

@@ -41,7 +41,7 @@ PREFILL_TOKENS = 160
 SPEECHLESS = "blub."
 
 
-class EngineBusy(Exception):  # noqa: N818  a state, not a mistake
+class EngineBusy(Exception):
     """More requests are waiting than `max_waiting`; this one was refused at once."""
 
 

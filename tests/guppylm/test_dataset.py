@@ -14,7 +14,7 @@ from guppylm.datagen.grammar import Character, load_character
 TOPICS = """greeting feeling temp_hot temp_cold food light water about confused tank noise night lonely misc bye bubbles
 glass reflection breathing swimming colors taste plants filter algae snail glass_tap scared excited bored curious happy
 tired outside cat rain seasons music visitors children meaning time memory dreams size future past name weather sleep
-friends joke fear love age smart poop doctor singing tv""".split()
+friends joke fear love age smart poop doctor singing tv""".split()  # noqa: SIM905
 
 
 @pytest.fixture(scope="module")

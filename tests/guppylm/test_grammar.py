@@ -40,7 +40,8 @@ def test_numbered_slots_differ(small_character: Character) -> None:
 @pytest.mark.parametrize(
     ("filler", "expected"),
     [("apple", "an"), ("banana", "a"), ("hour", "an"), ("unicorn", "a"), ("umbrella", "an"), ("ukulele", "a"),
-     ("euro", "a"), ("one way ticket", "a"), ("x-ray", "an"), ("uncle", "an"), ("used car", "a"), ("uninvited guest", "an")],
+     ("euro", "a"), ("one way ticket", "a"), ("x-ray", "an"), ("uncle", "an"), ("used car", "a"),
+     ("uninvited guest", "an")],
 )  # fmt: skip
 def test_the_article_follows_the_sound(filler: str, expected: str) -> None:
     assert article(filler) == expected

@@ -18,8 +18,8 @@ def test_one_phrasing_is_typed_in_many_ways() -> None:
 
 def test_most_words_survive() -> None:
     """Typing habits never change what is meant: the words are still there, give or take a slip."""
-    words = set("what do you think about the new plant".split())
-    kept = [len(words & set(normalised(as_typed(" ".join(words), random.Random(seed))).split())) for seed in range(300)]
+    words = {"what", "do", "you", "think", "about", "the", "new", "plant"}
+    kept = [len(words & set(normalised(as_typed(" ".join(sorted(words)), random.Random(seed))).split())) for seed in range(300)]
     assert sum(kept) / len(kept) > 0.85 * len(words)
 
 

@@ -48,5 +48,5 @@ def test_a_wrong_number_is_named(tmp_path: Path, text: str, override: str | None
 
 
 def test_an_unknown_recipe_names_those_that_ship() -> None:
-    with pytest.raises(RecipeError, match="'fast'.*guppy"):
+    with pytest.raises(RecipeError, match=r"'fast'.*guppy"):
         load_recipe("fast")

@@ -38,5 +38,5 @@ def test_same_text_same_tokenizer() -> None:
 
 
 def test_a_vocabulary_without_room_for_the_bytes_is_refused() -> None:
-    with pytest.raises(ValueError, match="vocab_size 260 .* 264"):
+    with pytest.raises(ValueError, match=r"vocab_size 260 .* 264"):
         train_tokenizer(PROMPTS, REPLIES, THOUGHTS, 260)
