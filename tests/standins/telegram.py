@@ -32,7 +32,7 @@ TOKEN = "123456789:stand-in_TOKEN-of-35-characters-abcd"
 # --- what the Bot API takes ------------------------------------------------------------------------------------------
 
 
-class Wrong(Exception):  # noqa: N818
+class Wrong(Exception):
     """A parameter is not what the documentation says."""
 
 
@@ -274,7 +274,7 @@ class Chat:
         return bool(self.json["type"] == "private")
 
 
-class Refused(Exception):  # noqa: N818
+class Refused(Exception):
     def __init__(self, status: int, description: str, retry_after: int | None = None) -> None:
         super().__init__(description)
         self.status, self.description, self.retry_after = status, description, retry_after
