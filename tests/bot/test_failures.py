@@ -171,6 +171,21 @@ async def test_while_redis_is_away_questions_fail_soon_and_afterwards_are_answer
     assert worker.process.poll() is None
 
 
+@pytest.mark.slow
+async def test_worker_and_adapter_live_through_a_minute_without_redis(
+    redis_server: RedisServer, settings: Settings, start_worker: StartWorker
+) -> None:
+    worker = start_worker()
+    await awake(redis_server)
+    async with QueuedFish(settings) as fish:
+        assert await outcome(fish.ask("before")) == "blub. before"
+        await asyncio.to_thread(redis_server.restart_empty, 60)
+        await awake(redis_server)
+        await until(lambda: fish._away_since is None)
+        assert await outcome(fish.ask("after")) == "blub. after"
+    assert worker.process.poll() is None
+
+
 async def test_a_redis_that_restarts_empty_gets_the_open_questions_again(
     redis_server: RedisServer, settings: Settings, start_worker: StartWorker
 ) -> None:

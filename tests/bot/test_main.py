@@ -13,6 +13,7 @@ import pytest
 import bot.__main__ as main
 from bot.refusal import ExitCode, Refusal
 from bot.settings import Settings
+from tests.standins.processes import Process, until
 from tests.standins.redis_server import RedisServer, free_port
 
 ROOT = Path(__file__).parents[2]
@@ -82,6 +83,40 @@ def test_a_wrong_redis_password_is_refused_before_any_platform_is_called(tmp_pat
         assert "wrong-one" not in process.stderr
     finally:
         server.kill()
+
+
+async def test_no_platform_is_called_before_redis_answers(tmp_path: Path) -> None:
+    """Connecting first and failing then, in a restart loop, is how bots lose their token."""
+    calls = 0
+
+    async def called(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal calls
+        calls += 1
+        writer.close()
+
+    platform = await asyncio.start_server(called, "127.0.0.1", 0)
+    here = f"http://127.0.0.1:{platform.sockets[0].getsockname()[1]}"
+    redis = RedisServer(tmp_path)
+    settings = {
+        "GUPPY_REDIS_URL": redis.url,
+        "GUPPY_DISCORD_TOKEN": "a.discord.token",
+        "GUPPY_TELEGRAM_TOKEN": "1:t",
+        "GUPPY_DISCORD_API_BASE": here,
+        "GUPPY_TELEGRAM_API_BASE": f"{here}/bot",
+    }
+    service = Process(["-m", "bot", "all"], tmp_path / "all", settings)
+    try:
+        await service.logs("redis is away")
+        await asyncio.sleep(2)
+        assert service.process.poll() is None
+        assert calls == 0
+        redis.start()
+        await until(lambda: calls > 0)
+    finally:
+        service.process.kill()
+        service.process.wait()
+        redis.kill()
+        platform.close()
 
 
 def test_importing_the_service_imports_neither_torch_nor_a_platform() -> None:
