@@ -10,7 +10,7 @@ from guppylm.datagen.habits import as_typed
 
 def test_one_phrasing_is_typed_in_many_ways() -> None:
     typed = {as_typed("what do you think about the new plant", random.Random(seed)) for seed in range(500)}
-    assert len(typed) > 250
+    assert len(typed) > 150
     assert "what do you think about the new plant" in typed
     assert any(text.isupper() for text in typed)
     assert any(text.endswith("?") for text in typed)
