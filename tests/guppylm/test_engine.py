@@ -1,0 +1,337 @@
+"""The engine: the model's own numbers, the same reply in any company, and people who come and go."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from guppylm import checkpoint, engine
+from guppylm.conversation import IM_END
+from guppylm.engine import Cache, Engine, EngineBusy, Sampling, choose, decode, prefill
+from guppylm.model import GuppyLM, ModelConfig
+
+PROMPTS = ["are you hungry", "hi", "my aunt bought an apple and a kiwi", "", "🐟🐟", "do you want food " * 40]
+WILD = Sampling(temperature=3.0, top_k=0, min_p=0.0)  # every token has a chance
+
+
+@pytest.fixture
+async def fish(small_fish: Path) -> AsyncIterator[Engine]:
+    ready = Engine.load(small_fish, device="cpu", max_batch=32, max_waiting=8)
+    yield ready
+    await ready.aclose()
+
+
+def spoken_model(heads: int, layers: int) -> GuppyLM:
+    """A model whose every layer has something to say."""
+    torch.manual_seed(heads)
+    model = GuppyLM(
+        ModelConfig(
+            vocab_size=60,
+            max_position_embeddings=128,
+            hidden_size=12 * heads,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            intermediate_size=20,
+        )
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    return model.eval().requires_grad_(False)
+
+
+async def speaking(fish: Engine, replies: int = 1) -> None:
+    """Wait until so many replies are under way."""
+    deadline = time.monotonic() + 30
+    while fish.running != replies:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize(("heads", "layers"), [(1, 1), (3, 5), (6, 2)])
+def test_cached_logits_are_the_models_own(heads: int, layers: int) -> None:
+    model = spoken_model(heads, layers)
+    ids = torch.randint(0, 60, (3, 128), generator=torch.Generator().manual_seed(0))
+    lengths = [1, 7, 40]  # rows that stand at different positions in one batch
+    expected = model(ids)
+    cache = Cache(model, 4)
+    logits = prefill(model, cache, 0, [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)])
+    at = torch.tensor(lengths)
+    rows = torch.arange(3)
+    torch.testing.assert_close(logits, expected[rows, at - 1], rtol=0, atol=1e-4)
+    while at[-1] < 128:
+        logits = decode(model, cache, ids[rows, at])
+        torch.testing.assert_close(logits, expected[rows, at], rtol=0, atol=1e-4)
+        at += 1
+    cache.move(0, 1)
+    for position in range(int(at[0]), 128):  # the first row goes on to the end of the window, in two slots
+        logits = decode(model, cache, ids[:1, position].expand(2))
+        torch.testing.assert_close(logits, expected[:1, position].expand(2, -1), rtol=0, atol=1e-4)
+
+
+async def test_the_same_seed_gives_the_same_reply_in_any_company(fish: Engine) -> None:
+    asked = [(PROMPTS[i % len(PROMPTS)], i) for i in range(32)]
+    together = await asyncio.gather(*(fish.ask(prompt, WILD, seed=seed) for prompt, seed in asked))
+    alone = [await fish.ask(prompt, WILD, seed=seed) for prompt, seed in asked]
+    assert together == alone
+    assert len({completion.text for completion in alone}) > 20
+
+
+async def test_replies_join_and_leave_between_tokens(fish: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    def slow(*given: Any) -> Tensor:
+        time.sleep(0.005)
+        return decode(*given)
+
+    monkeypatch.setattr(engine, "decode", slow)
+    fish._masks[:, IM_END] = float("-inf")  # nobody stops before he must
+    long = asyncio.create_task(fish.ask("hi", WILD))
+    await speaking(fish)
+    short = await fish.ask("hi", Sampling(max_new_tokens=1))
+    assert short.tokens == 3  # two of them thoughts
+    assert not long.done()
+    assert (await long).tokens > 100
+    assert fish.running == fish.waiting == 0
+
+
+async def test_a_cancelled_reply_frees_its_slot(small_fish: Path) -> None:
+    narrow = Engine.load(small_fish, device="cpu", max_batch=1, max_waiting=1)
+    try:
+        first = asyncio.create_task(narrow.ask("hi", WILD))
+        await speaking(narrow)
+        queued = asyncio.create_task(narrow.ask("hi", WILD))
+        await asyncio.sleep(0)
+        queued.cancel()
+        await asyncio.gather(queued, return_exceptions=True)
+        assert narrow.waiting == 0
+        first.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await first
+        assert (await narrow.ask("hi", Sampling(max_new_tokens=2))).text
+        assert narrow.running == 0
+    finally:
+        await narrow.aclose()
+
+
+async def test_beyond_max_waiting_the_engine_is_busy(small_fish: Path) -> None:
+    narrow = Engine.load(small_fish, device="cpu", max_batch=1, max_waiting=2)
+    try:
+        asked = await asyncio.gather(*(narrow.ask("hi", WILD) for _ in range(30)), return_exceptions=True)
+        refused = [answer for answer in asked if isinstance(answer, EngineBusy)]
+        answered = [answer for answer in asked if not isinstance(answer, BaseException)]
+        assert len(refused) + len(answered) == 30
+        assert len(answered) >= 3
+        assert len(refused) >= 20
+        assert (await narrow.ask("hi")).text
+    finally:
+        await narrow.aclose()
+
+
+async def test_without_temperature_the_reply_is_always_the_same(fish: Engine) -> None:
+    replies = {(await fish.ask("are you hungry", Sampling(temperature=0), seed=seed)).text for seed in range(4)}
+    replies.add((await fish.ask("are you hungry", Sampling(temperature=5, top_k=1))).text)
+    assert len(replies) == 1
+
+
+async def test_a_reply_is_short_enough_never_empty_and_shows_no_markup(fish: Engine) -> None:
+    for most in (1, 2, 5, None):
+        sampling = Sampling(temperature=10, top_k=0, min_p=0, max_new_tokens=most)
+        asked = await asyncio.gather(*(fish.ask(random.choice(PROMPTS), sampling, seed=seed) for seed in range(16)))
+        for completion in asked:
+            assert completion.text == completion.text.strip() != ""
+            assert completion.topic == "food"
+            assert completion.intent in ("fruit", "hungry")
+            assert completion.tokens <= 2 + (most or fish.chat.window)
+            assert not any(mark in completion.text for mark in ("<pad>", "<|im_", "<|food"))
+
+
+async def test_a_long_prompt_is_cut_and_said_to_be(fish: Engine) -> None:
+    assert (await fish.ask("word " * 1000)).prompt_cut
+    assert not (await fish.ask("word")).prompt_cut
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_the_pieces_of_a_stream_are_the_reply(fish: Engine, seed: int) -> None:
+    """A wild fish speaks in bytes: characters are built of several tokens, and many never end."""
+    pieces = [piece async for piece in fish.stream("hi", WILD, seed=seed)]
+    assert "".join(pieces) == (await fish.ask("hi", WILD, seed=seed)).text
+    assert all(pieces)
+
+
+async def test_a_character_is_never_split(fish: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = [*fish.chat.encode_text("a 🐟 is wet."), IM_END]
+    thought = fish.chat.encode_thought("food", "hungry")
+    script = iter([*thought, *said])
+    monkeypatch.setattr(engine, "choose", lambda *_: [next(script)])
+    pieces = [piece async for piece in fish.stream("hi")]
+    assert "".join(pieces) == "a 🐟 is wet."
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert len(pieces) > 5
+
+
+async def test_a_reader_who_leaves_a_stream_frees_the_slot(fish: Engine) -> None:
+    stream = fish.stream("hi", WILD, seed=5)
+    await anext(stream)
+    await stream.aclose()  # type: ignore[attr-defined]
+    await speaking(fish, 0)
+
+
+def test_a_reader_whose_loop_is_gone_hurts_nobody_else(small_fish: Path) -> None:
+    fish = Engine.load(small_fish, device="cpu")
+    calls = 0
+
+    def gone(piece: str) -> None:
+        raise RuntimeError("Event loop is closed")
+
+    async def others() -> None:
+        nonlocal calls
+        fish._submit("hi", WILD, 1, gone)
+        completions = await asyncio.gather(*(fish.ask("hi", WILD, seed=seed) for seed in range(4)))
+        calls = len(completions)
+        await fish.aclose()
+
+    asyncio.run(others())
+    assert calls == 4
+
+
+async def test_a_failure_reaches_who_asked_and_the_next_prompt_is_answered(
+    fish: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> Tensor:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(engine, "decode", fail)
+    answers = await asyncio.gather(*(fish.ask("hi") for _ in range(3)), return_exceptions=True)
+    assert [str(answer) for answer in answers] == ["out of memory"] * 3
+    with pytest.raises(RuntimeError, match="out of memory"):
+        async for _ in fish.stream("hi"):
+            pass
+    monkeypatch.undo()
+    assert (await fish.ask("hi")).text
+    assert fish.running == 0
+
+
+async def test_the_event_loop_is_never_blocked_for_long(fish: Engine) -> None:
+    """How late a timer comes, with 32 replies under way, beside how late it comes on this machine anyway."""
+
+    async def worst(until: asyncio.Future[Any]) -> float:
+        late = 0.0
+        while not until.done():
+            begun = time.monotonic()
+            await asyncio.sleep(0.001)
+            late = max(late, time.monotonic() - begun)
+        return late
+
+    begun = time.monotonic()
+    busy = await worst(asyncio.gather(*(fish.ask("hi", WILD, seed=seed) for seed in range(32))))
+    idle = await worst(asyncio.ensure_future(asyncio.sleep(time.monotonic() - begun)))
+    assert busy < max(0.1, 5 * idle)
+
+
+async def test_a_closed_engine_finishes_what_is_under_way_and_takes_no_more(small_fish: Path) -> None:
+    fish = Engine.load(small_fish, device="cpu")
+    asked = asyncio.create_task(fish.ask("hi", WILD))
+    await asyncio.sleep(0)
+    await fish.aclose()
+    assert (await asked).text
+    with pytest.raises(RuntimeError, match="closed"):
+        await fish.ask("hi")
+
+
+@pytest.mark.parametrize(
+    ("values", "complaint"),
+    [
+        ({"temperature": -0.1}, "temperature is -0.1"),
+        ({"temperature": 11}, "temperature is 11"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_k": 1.5}, "top_k is 1.5"),
+        ({"top_p": 0}, "top_p is 0"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"min_p": -1}, "min_p is -1"),
+        ({"min_p": 1}, "min_p is 1"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": 2.0}, "max_new_tokens is 2.0"),
+    ],
+)
+def test_a_setting_of_sampling_that_cannot_be_is_named(values: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        Sampling(**values)
+
+
+def share(sampling: Sampling, probabilities: list[float]) -> list[float]:
+    """How often each token is chosen, over a thousand evenly spread draws."""
+    logits = torch.tensor([probabilities]).log().expand(1000, -1)
+    chosen = choose(logits, [sampling] * 1000, [(i + 0.5) / 1000 for i in range(1000)])
+    return [round(chosen.count(token) / 1000, 2) for token in range(len(probabilities))]
+
+
+@pytest.mark.parametrize(
+    ("sampling", "expected"),
+    [
+        ({"temperature": 1}, [0.1, 0.5, 0.1, 0.3]),
+        ({"temperature": 0}, [0, 1, 0, 0]),
+        ({"temperature": 0.5}, [0.03, 0.69, 0.03, 0.25]),
+        ({"temperature": 1, "top_k": 2}, [0, 0.63, 0, 0.38]),
+        ({"temperature": 1, "top_k": 10**30}, [0.1, 0.5, 0.1, 0.3]),
+        ({"temperature": 1, "top_p": 0.7}, [0, 0.63, 0, 0.38]),
+        ({"temperature": 1, "top_p": 0.01}, [0, 1, 0, 0]),
+        ({"temperature": 1, "min_p": 0.5}, [0, 0.63, 0, 0.38]),
+        ({"temperature": 1e-9}, [0, 1, 0, 0]),
+    ],
+)
+def test_words_are_chosen_as_often_as_the_settings_say(sampling: dict[str, Any], expected: list[float]) -> None:
+    full = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, **sampling}
+    assert share(Sampling(**full), [0.1, 0.5, 0.1, 0.3]) == pytest.approx(expected, abs=0.011)
+
+
+@pytest.mark.parametrize("draw", [0.0, 0.5, 0.9999999999999999])
+def test_what_is_masked_is_never_chosen(draw: float) -> None:
+    logits = torch.tensor([[float("-inf"), 1.0, float("-inf"), 1.0]])
+    assert choose(logits, [Sampling(temperature=10, top_k=0, min_p=0)], [draw])[0] in (1, 3)
+
+
+@pytest.mark.parametrize("device", ["cuda:77", "submarine", "meta"])
+def test_a_device_that_is_not_here_is_named(small_fish: Path, device: str) -> None:
+    with pytest.raises(ValueError, match=device):
+        Engine.load(small_fish, device=device)
+
+
+def test_a_precision_that_is_none_is_named(small_fish: Path) -> None:
+    with pytest.raises(ValueError, match="fp7"):
+        Engine.load(small_fish, device="cpu", precision="fp7")  # type: ignore[arg-type]
+
+
+async def test_bf16_speaks_too(small_fish: Path) -> None:
+    fish = Engine.load(small_fish, device="cpu", precision="bf16")
+    try:
+        first, second = await asyncio.gather(*(fish.ask("are you hungry", seed=1) for _ in range(2)))
+        assert first.text == second.text
+    finally:
+        await fish.aclose()
+
+
+def test_starting_imports_no_compiler(small_fish: Path) -> None:
+    """torch._dynamo alone takes a second to import: a third of what a first reply may take."""
+    code = (
+        "import sys, asyncio; from guppylm.engine import Engine\n"
+        f"fish = Engine.load({str(small_fish)!r}, device='cpu')\n"
+        "print(asyncio.run(fish.ask('hi')).text); sys.exit('torch._dynamo' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+
+
+def test_the_loaded_model_learns_nothing(small_fish: Path) -> None:
+    loaded = checkpoint.load(small_fish)
+    assert not loaded.model.training
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
