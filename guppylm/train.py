@@ -509,10 +509,18 @@ def sample_reply(run: Run) -> tuple[str, str]:
     """A prompt and what the unfinished fish answers, the likeliest token each time."""
     prompt = SAMPLE_PROMPTS[run.step // 100 % len(SAMPLE_PROMPTS)]
     ids = run.chat.encode_prompt(prompt).ids
-    begin = len(ids) + (2 if run.config.thoughts else 0)
     run.model.eval()
+
+    def likeliest(among: list[int]) -> int:
+        logits = run.model(torch.tensor([ids], device=run.device))[0, -1]
+        return among[int(logits[among].argmax())]
+
+    if run.config.thoughts:
+        ids.append(likeliest(list(run.chat.topics)))
+        ids.append(likeliest(list(run.chat.intents[ids[-1]])))
+    begin, tokens = len(ids), list(range(run.config.vocab_size))
     while len(ids) < min(run.chat.window, begin + 30):
-        newest = int(run.model(torch.tensor([ids], device=run.device))[0, -1].argmax())
+        newest = likeliest(tokens)
         if newest == IM_END:
             break
         ids.append(newest)

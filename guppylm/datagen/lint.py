@@ -60,7 +60,8 @@ def style_fault(reply: str) -> str | None:
             return f"doubles the word '{word}'"
     for match in _AGREEMENT.finditer(reply):
         before = reply[: match.start()]
-        if _HELPED.search(before) or _OF.search(before):
+        is_article = match[0].startswith(("a ", "an "))
+        if not is_article and (_HELPED.search(before) or _OF.search(before)):
             continue
         return f"agreement: '{match[0]}'"
     return None
