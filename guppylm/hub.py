@@ -27,23 +27,14 @@ def is_repository(name: str) -> bool:
 def pull(name: str) -> Path:
     """Download the model `owner/name[@revision]` (or find it in the cache); returns its folder. Raises HubError."""
     from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
     repository, _, revision = name.partition("@")
     try:
-        try:
-            files = HfApi().list_repo_files(repository, revision=revision or None)
-            wanted = MODEL_FILES if "model.safetensors" in files else [*MODEL_FILES, PICKLED]
-        except (HFValidationError, RepositoryNotFoundError, RevisionNotFoundError):
-            raise
-        except Exception:  # no network: what is in the cache may still do
-            wanted = [*MODEL_FILES, PICKLED]
+        # Asking what there is fails at once without a network, where a download would try for half a minute.
+        found = HfApi().model_info(repository, revision=revision or None, timeout=20)
+        files = {file.rfilename for file in found.siblings or []}
+        wanted = MODEL_FILES if "model.safetensors" in files else [*MODEL_FILES, PICKLED]
         return Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted))
     except HFValidationError:
         raise HubError(f"'{name}' is no name that a model on the hub can have.") from None
@@ -53,10 +44,29 @@ def pull(name: str) -> Path:
         raise HubError(
             f"The hub has no model '{repository}', or it is private (then log in with 'hf auth login')."
         ) from None
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except Exception as error:  # which one a lost network raises depends on the client's HTTP library
+        if folder := _cached(repository, revision or None):
+            return folder
         raise HubError(
             f"Could not download '{name}': {type(error).__name__}. Check the network and try again."
         ) from None
+
+
+def _cached(repository: str, revision: str | None) -> Path | None:
+    """What an earlier download left, if it is whole."""
+    from huggingface_hub import snapshot_download
+
+    for weights in ("model.safetensors", PICKLED):
+        wanted = ["config.json", "tokenizer.json", weights]
+        try:
+            folder = Path(
+                snapshot_download(repository, revision=revision, allow_patterns=wanted, local_files_only=True)
+            )
+        except OSError:  # not there, or not all of it
+            continue
+        if all((folder / file).is_file() for file in wanted):
+            return folder
+    return None
 
 
 def push(folder: Path, repository: str, *, private: bool = False) -> str:

@@ -208,7 +208,6 @@ def test_two_processes_take_the_steps_of_one(recipe: Recipe, data: Path, tmp_pat
         [json.loads(line)["loss"] for line in (tmp_path / f"{n}" / LOG).read_text().splitlines()] for n in (1, 2)
     )
     assert len(one) == 2
-    assert one[0] > one[1]
     assert two == pytest.approx(one, rel=5e-3)  # bf16 rounds sums of halves otherwise
     assert checkpoint.load(tmp_path / "2")
 
