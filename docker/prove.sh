@@ -25,11 +25,15 @@ saw() { # saw WHAT FIGURES CONDITION...: one line of the proof
 dc() { docker compose "$@"; }
 of() { dc ps -q "$1" | head -1; }
 ask() { dc exec -T platforms python -m tests.docker.platforms ask "$@"; }
-field() { sed -E "s/.*\"$1\": ([0-9]+).*/\1/" <<<"$2"; }
+begin() { # begin PLATFORM PEOPLE: so many ask at once, in the background; back when they have
+  ask "$1" --people "$2" >"$work/load" 2>&1 &
+  for _ in $(seq 300); do grep -q said "$work/load" && return; sleep 0.1; done
+}
+field() { tail -1 <<<"$2" | sed -E "s/.*\"$1\": ([0-9]+).*/\1/"; }
 counts() { echo "$(field answered "$1") of $(field asked "$1") answered, $(field lines "$1") told why not, $(field silent "$1") silent, $(field doubled "$1") doubled"; }
 all_once() { [ "$(field answered "$1")" = "$(field asked "$1")" ] && [ "$(field doubled "$1")" = 0 ]; }
 none_lost() { [ "$(field silent "$1")" = 0 ] && [ "$(field doubled "$1")" = 0 ]; }
-none_doubled() { [ -n "$1" ] && [ "$(field doubled "$1")" = 0 ]; }
+none_doubled() { [ "$(field doubled "$1")" = 0 ]; }
 healthy() { # healthy SERVICE...: within a minute
   local service
   for service in "$@"; do
@@ -94,7 +98,8 @@ for service in redis worker discord telegram; do
   saw "$service: cannot write its own files" "" [ $? != 0 ]
 done
 docker exec "$(of telegram)" python -c 'b"x" * (1 << 30)' >/dev/null 2>&1
-saw "telegram: the memory limit holds" "1 GB refused of $(($(docker inspect -f '{{.HostConfig.Memory}}' "$(of telegram)") >> 20)) MB" [ $? != 0 ]
+code=$?
+saw "telegram: the memory limit holds" "1 GB asked for: exit code $code" [ $code = 137 ]
 docker exec "$(of worker)" python -c 'import socket; socket.create_connection(("1.1.1.1", 443), 3)' >/dev/null 2>&1
 saw "worker: no way to the internet" "" [ $? != 0 ]
 healthy telegram worker
@@ -105,33 +110,30 @@ docker exec "$(of redis)" sh -c "$as_guppy config get save; $as_guppy keys '*'; 
 saw "redis: Guppy's user may do nothing else" "$(grep -c NOPERM "$work/acl") of 4 refused" [ "$(grep -c NOPERM "$work/acl")" = 4 ]
 
 # --- load, and what may happen
-ask discord --people 20 >"$work/load" &
-sleep 0.5
+begin discord 20
 dc up -d --wait --wait-timeout 180 --scale worker=3 worker >/dev/null 2>&1
 saw "--scale worker=3 under load" "$(dc ps -q worker | wc -l) workers" [ "$(dc ps -q worker | wc -l)" = 3 ]
 wait $!
 saw "  the questions of that time" "$(counts "$(cat "$work/load")")" all_once "$(cat "$work/load")"
 
-ask telegram --people 20 >"$work/load" &
-sleep 1.2
+begin telegram 20
 crash "$(of worker)" "python -m bot"
 wait $!
 saw "a worker is killed (SIGKILL) in its work" "$(counts "$(cat "$work/load")")" all_once "$(cat "$work/load")"
 saw "  and comes back by itself" "" healthy worker
 
-ask discord --people 20 >"$work/load" &
-sleep 1.2
+begin discord 20
 crash "$(of redis)" redis-server
 wait $!
 saw "Redis is killed, and comes back empty" "$(counts "$(cat "$work/load")")" none_lost "$(cat "$work/load")"
 saw "  and all are well" "" healthy redis worker discord telegram
 
 for platform in telegram discord; do
-  ask $platform --people 10 >"$work/load" &
-  sleep 1.2
+  begin $platform 10
   crash "$(of $platform)" "python -m bot"
   wait $!
-  saw "the $platform adapter is killed" "$(counts "$(cat "$work/load")")" none_doubled "$(cat "$work/load")"
+  # What it had in hand is lost with it: who asked stands in its memory alone. Nothing is said twice.
+  saw "the $platform adapter is killed (SIGKILL) in its work" "$(counts "$(cat "$work/load")")" none_doubled "$(cat "$work/load")"
   saw "  and comes back by itself" "" healthy $platform
   answer=$(ask $platform)
   saw "  and answers" "$(counts "$answer")" all_once "$answer"
@@ -141,8 +143,7 @@ done
 for image in $images; do docker tag "$image:$TAG" "$image:next"; done
 dc up -d --wait --wait-timeout 180 --scale worker=1 worker >/dev/null 2>&1
 old=$(of worker)
-ask discord --people 10 >"$work/load" &
-sleep 0.5
+begin discord 10
 TAG=next dc up -d --wait --wait-timeout 180 --no-recreate --scale worker=2 worker >/dev/null 2>&1
 docker stop --time 15 "$old" >/dev/null
 docker rm "$old" >/dev/null
@@ -154,8 +155,7 @@ TAG=next dc up -d --wait --wait-timeout 180 >/dev/null 2>&1
 answer=$(ask telegram)
 saw "  then new adapters and a new Redis" "$(counts "$answer")" all_once "$answer"
 
-ask discord --people 5 >"$work/load" &
-sleep 1.2
+begin discord 5
 begun=$SECONDS
 ids=$(dc ps -q worker discord telegram)
 dc stop discord telegram worker >/dev/null 2>&1

@@ -4,9 +4,9 @@
     python -m tests.docker.platforms ask discord --people 20 --text "are you hungry"
 
 `serve` listens on DISCORD and TELEGRAM (other containers) and CONTROL (this one). `ask` tells it to let so many people
-say something at once, waits for what each of them hears, and prints one line of JSON: how many were asked, how many
-got one reply of the fish, how many got a line instead (asleep, busy...), how many got nothing, and how many got more
-than one message; and `sample`, one of the replies.
+say something at once, prints "said" when they have, waits for what each of them hears, and prints one line of JSON: how
+many asked, how many got a reply of the fish, how many got a line instead (asleep, busy...), how many got nothing, and
+how many got more than one message; with an example of a reply and of a line.
 """
 
 import argparse
@@ -19,7 +19,6 @@ import urllib.request
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from importlib.resources import files
-from typing import Any
 
 from aiohttp import web
 
@@ -63,8 +62,7 @@ async def _forward(port: int, to: int) -> None:
     await asyncio.start_server(accept, "0.0.0.0", port)
 
 
-async def _one(ask: Ask, text: str) -> list[str]:
-    heard = await ask(text)
+async def _hear(heard: Callable[[], list[str]]) -> list[str]:
     with suppress(AssertionError):
         await until(lambda: bool(heard()), PATIENCE)
     await asyncio.sleep(1.0)  # for a second message, which must not come
@@ -91,24 +89,26 @@ async def serve() -> None:
 
         asks = {"discord": ask_on_discord, "telegram": ask_on_telegram}
 
-        async def control(request: web.Request) -> web.Response:
+        async def control(request: web.Request) -> web.StreamResponse:
             order = await request.json()
-            heard = await asyncio.gather(
-                *(_one(asks[order["platform"]], order["text"]) for _ in range(order["people"]))
-            )
+            answer = web.StreamResponse()
+            await answer.prepare(request)
+            asked = [await asks[order["platform"]](order["text"]) for _ in range(order["people"])]
+            await answer.write(b"said\n")
+            heard = await asyncio.gather(*map(_hear, asked))
             lines = [texts for texts in heard if texts and _is_a_line(texts[0])]
             replies = [texts for texts in heard if texts and texts not in lines]
-            return web.json_response(
-                {
-                    "asked": len(heard),
-                    "answered": len(replies),
-                    "lines": len(lines),
-                    "silent": sum(not texts for texts in heard),
-                    "doubled": sum(len(texts) > 1 for texts in heard),
-                    "sample": replies[0][0] if replies else None,
-                    "line": lines[0][0] if lines else None,
-                }
-            )
+            counts = {
+                "asked": len(heard),
+                "answered": len(replies),
+                "lines": len(lines),
+                "silent": sum(not texts for texts in heard),
+                "doubled": sum(len(texts) > 1 for texts in heard),
+                "reply": replies[0][0] if replies else None,
+                "line": lines[0][0] if lines else None,
+            }
+            await answer.write(json.dumps(counts).encode() + b"\n")
+            return answer
 
         app = web.Application()
         app.add_routes([web.post("/ask", control)])
@@ -119,12 +119,13 @@ async def serve() -> None:
         await asyncio.Event().wait()
 
 
-def ask(platform: str, people: int, text: str) -> dict[str, Any]:
+def ask(platform: str, people: int, text: str) -> None:
     order = json.dumps({"platform": platform, "people": people, "text": text}).encode()
     request = urllib.request.Request(f"http://127.0.0.1:{CONTROL}/ask", order, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=PATIENCE + 30) as response:
-        answer: dict[str, Any] = json.load(response)
-        return answer
+        for line in response:
+            sys.stdout.write(line.decode())
+            sys.stdout.flush()
 
 
 if __name__ == "__main__":
@@ -139,4 +140,4 @@ if __name__ == "__main__":
     if arguments.role == "serve":
         asyncio.run(serve())
     else:
-        sys.stdout.write(json.dumps(ask(arguments.platform, arguments.people, arguments.text)) + "\n")
+        ask(arguments.platform, arguments.people, arguments.text)
