@@ -13,7 +13,7 @@ RUN python -m venv --without-pip /opt/guppy \
       -r /tmp/locks/worker.lock \
  && pip --python /opt/guppy/bin/python install --no-cache-dir --no-deps --require-hashes --only-binary :all: \
       -r /tmp/locks/torch-${TORCH}.lock \
- && cd /opt/guppy/lib/python3*/site-packages/torch && rm -r include test bin/*test*
+ && for part in include test 'bin/*test*'; do rm -r /opt/guppy/lib/python3*/site-packages/torch/$part; done
 COPY docker/run-role.sh /app/
 COPY guppylm /app/guppylm
 COPY bot /app/bot
