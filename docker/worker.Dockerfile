@@ -13,7 +13,9 @@ RUN python -m venv --without-pip /opt/guppy \
       -r /tmp/locks/worker.lock \
  && pip --python /opt/guppy/bin/python install --no-cache-dir --no-deps --require-hashes --only-binary :all: \
       -r /tmp/locks/torch-${TORCH}.lock \
- && for part in include test 'bin/*test*'; do rm -r /opt/guppy/lib/python3*/site-packages/torch/$part; done
+ && rm -r /opt/guppy/lib/python3*/site-packages/torch/include \
+      /opt/guppy/lib/python3*/site-packages/torch/test \
+      /opt/guppy/lib/python3*/site-packages/torch/bin/*test*
 COPY docker/run-role.sh /app/
 COPY guppylm /app/guppylm
 COPY bot /app/bot
