@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help chat train bots test lint clean
+.PHONY: help chat train bots test lint prove-deploy clean
 
 help:            ## what there is to do
 	@grep -E '^[a-z-]+: .*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 16
@@ -40,6 +40,9 @@ lint: $(VENV)/.dev      ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+prove-deploy:    ## build the images and prove the whole stack, on any machine with Docker
+	docker/prove.sh
 
 clean:           ## remove the environment and what the tools left
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info build dist
