@@ -12,6 +12,7 @@
 import argparse
 import asyncio
 import itertools
+import multiprocessing
 import os
 import random
 import resource
@@ -19,6 +20,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -215,51 +217,70 @@ async def overhead(arguments: argparse.Namespace) -> None:
 async def redis_alone(arguments: argparse.Namespace) -> None:
     """Every step of a question through its real scripts, without adapters and workers around them."""
     with service(0, None) as (server, _):
-        settings = settings_for(server)
-        link, intake, replies = Link(settings), queue.Intake(settings), f"{queue.TAG}:replies:{'0' * 32}"
-        await intake.tend([], 0)
-        batch, done = 128, 0
         client = server.client()
 
         def spent() -> float:
             cpu = client.info("cpu")
             return float(cpu["used_cpu_user"]) + float(cpu["used_cpu_sys"])
 
+        await asyncio.to_thread(_drive, server.url, 0.5)
         cpu, started = spent(), time.monotonic()
-        while time.monotonic() - started < arguments.seconds:
-            ids = [f"{random.getrandbits(128):032x}" for _ in range(batch)]
-            prompt, left = "hi guppy, what are you doing today", 20_000
-            await asyncio.gather(
-                *(
-                    link.run(
-                        queue.ENQUEUE,
-                        [queue.REQUESTS, f"{queue.TAG}:text:{id}", queue.WORKERS],
-                        *(queue.GROUP, queue.VERSION, id, replies, prompt, left, 1000, queue.KEEP, queue.AWAKE),
-                    )
-                    for id in ids
-                )
-            )
-            taken = await intake.take(batch)
-            await asyncio.gather(
-                *(
-                    link.run(
-                        queue.ANSWER,
-                        [queue.REQUESTS, f"{queue.TAG}:text:{request.id}", replies],
-                        *(queue.GROUP, request.entry, queue.VERSION, request.id, "answered", "i am swimming. " * 4),
-                    )
-                    for request in taken
-                )
-            )
-            for _ in range(0, batch, queue.COLLECT):
-                [[_, notices]] = await link.call("XREAD", "COUNT", queue.COLLECT, "STREAMS", replies, "0")
-                keys = [f"{queue.TAG}:text:{fields[3].decode()}" for _, fields in notices]
-                texts = await link.run(queue.COLLECT_REPLIES, [replies, *keys], *(entry for entry, _ in notices))
-                done += sum(text is not None for text in texts)
+        with ProcessPoolExecutor(arguments.clients, multiprocessing.get_context("spawn")) as clients:
+            loop = asyncio.get_running_loop()
+            runs = [
+                loop.run_in_executor(clients, _drive, server.url, arguments.seconds) for _ in range(arguments.clients)
+            ]
+            rates = await asyncio.gather(*runs)
         seconds, cpu = time.monotonic() - started, spent() - cpu
-        await link.aclose()
-        await intake.aclose()
-    print(f"{done} questions in {seconds:.1f} s: {done / seconds:.0f}/s through one client")
-    print(f"Redis used {cpu:.1f} s of a core, {1e6 * cpu / done:.0f} us a question: {done / cpu:.0f}/s fill one core")
+    done = sum(rates) * arguments.seconds
+    print(f"{sum(rates):.0f} questions/s through {arguments.clients} clients, for {arguments.seconds:.0f} s")
+    print(
+        f"Redis: {cpu / seconds:.0%} of a core, {1e6 * cpu / done:.0f} us a question; {done / cpu:.0f}/s would fill it"
+    )
+
+
+def _drive(url: str, seconds: float) -> float:
+    """Put questions on the queue, answer whatever is there, collect the replies: collected ones a second."""
+    return asyncio.run(_driving(Settings.model_validate({"redis_url": url}), seconds))
+
+
+async def _driving(settings: Settings, seconds: float) -> float:
+    link, intake, replies = (
+        Link(settings),
+        queue.Intake(settings),
+        f"{queue.TAG}:replies:{random.getrandbits(128):032x}",
+    )
+    await intake.tend([], 0)
+    batch, done, started = 128, 0, time.monotonic()
+    while time.monotonic() - started < seconds:
+        asking = [
+            link.run(
+                queue.ENQUEUE,
+                [queue.REQUESTS, f"{queue.TAG}:text:{id}", queue.WORKERS],
+                *(queue.GROUP, queue.VERSION, id, replies, "hi guppy, what are you doing today", 20_000),
+                *(1000, queue.KEEP, queue.AWAKE),
+            )
+            for id in (f"{random.getrandbits(128):032x}" for _ in range(batch))
+        ]
+        await asyncio.gather(*asking)
+        answering = [
+            link.run(
+                queue.ANSWER,
+                [queue.REQUESTS, f"{queue.TAG}:text:{request.id}", request.replies],
+                *(queue.GROUP, request.entry, queue.VERSION, request.id, "answered", "i am swimming. " * 4),
+            )
+            for request in await intake.take(batch)
+        ]
+        await asyncio.gather(*answering)
+        while found := await link.call("XREAD", "COUNT", queue.COLLECT, "STREAMS", replies, "0"):
+            [[_, notices]] = found
+            keys = [f"{queue.TAG}:text:{fields[3].decode()}" for _, fields in notices]
+            texts = await link.run(queue.COLLECT_REPLIES, [replies, *keys], *(entry for entry, _ in notices))
+            done += sum(text is not None for text in texts)
+    rate = done / (time.monotonic() - started)
+    await link.aclose()
+    await intake.aclose()
+    return rate
 
 
 def main() -> None:
@@ -284,7 +305,9 @@ def main() -> None:
         one.add_argument("--per-second", type=float, default=100.0, help="messages of the flooder")
     command("scale", scale, step_ms=20.0, tokens=10).add_argument("--seconds", type=float, default=10.0)
     command("overhead", overhead).add_argument("--questions", type=int, default=2000)
-    command("redis", redis_alone).add_argument("--seconds", type=float, default=10.0)
+    alone = command("redis", redis_alone)
+    alone.add_argument("--seconds", type=float, default=10.0)
+    alone.add_argument("--clients", type=int, default=2, help="processes that keep Redis busy")
     arguments = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(30))  # measured is the service, not print
     asyncio.run(arguments.run(arguments))
