@@ -14,6 +14,9 @@ from guppylm.datagen.grammar import Character, load_character
 from guppylm.recipe import Recipe
 from guppylm.train import Run
 
+# So small a fish is no work for two: threads would only wait for each other.
+torch.set_num_threads(1)
+
 TOPIC = """\
 # Food: hunger.
 @ food, hungry, eat*, crumb*

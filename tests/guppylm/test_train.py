@@ -171,7 +171,7 @@ def test_the_rate_rises_stays_and_falls_to_nothing(recipe: Recipe) -> None:
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_resume_finishes(recipe: Recipe, data: Path, tmp_path: Path) -> None:
-    path = write_recipe(tmp_path / "recipe.toml", recipe, steps=1000)
+    path = write_recipe(tmp_path / "recipe.toml", recipe, steps=400)
     out = tmp_path / "run"
     arguments = ("train", "--recipe", path, "--data", data, "--out", out)
     process = guppy(*arguments)
@@ -194,7 +194,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_finishes(recipe: Recipe, data: Pa
     assert resumed.returncode == 0, complaint
     assert "resumed    at step" in said
     assert not (out / CHECKPOINT).exists()
-    assert "1,000 steps" in " ".join((out / "README.md").read_text().split())
+    assert "400 steps" in " ".join((out / "README.md").read_text().split())
     assert checkpoint.load(out).format.thoughts == {"food": ["fruit", "hungry"]}
 
 
@@ -218,13 +218,10 @@ def test_two_processes_take_the_steps_of_one(recipe: Recipe, data: Path, tmp_pat
         (["--data", "nowhere"], "nowhere/train.jsonl is missing. Compose it with: guppy data --out nowhere"),
         (["--set", "train.speed=3"], "train.speed"),
         (["--set", "data.character=shark"], "There is no character 'shark'"),
-        (["--recipe", "fast"], "There is no recipe 'fast'"),
         (["--resume"], "There is no run to resume"),
     ],
 )
-def test_a_run_that_cannot_begin_says_why(
-    data: Path, tmp_path: Path, arguments: list[str], complaint: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_cannot_begin_says_why(data: Path, tmp_path: Path, arguments: list[str], complaint: str) -> None:
     given = ["--data", str(data), *arguments] if "--data" not in arguments and "--set" not in arguments else arguments
     process = guppy("train", "--out", tmp_path / "run", *given)
     _, said = process.communicate()
