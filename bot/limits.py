@@ -35,8 +35,9 @@ from bot.settings import Settings
 
 ROTATION = 3600
 """Seconds for which a person has the same hash."""
-SEEN = 600.0
-"""Seconds for which the same message is not taken twice: platforms replay events after a reconnect."""
+SEEN = 180.0
+"""Seconds for which the same message is not taken twice: platforms replay events after a reconnect. What is older than
+120 seconds the adapters leave alone; a minute more is for clocks that differ."""
 NOTICE = 60.0
 """Seconds between two notices to the same person."""
 

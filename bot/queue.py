@@ -20,7 +20,7 @@ Every key of the service, and how long it lives. All share one hash tag, so a cl
     {guppy}:text:ID            string  the prompt, then the reply        collected, withdrawn, or the deadline
     {guppy}:replies:ADAPTER    stream  v, id, outcome of what is ready   entry: collected; key: the last deadline in it
     {guppy}:workers            zset    worker -> last sign of progress   member: 5 s; key: 60 s without workers
-    {guppy}:limit:seen:HASH    string  a message was taken               10 minutes             (bot/limits.py)
+    {guppy}:limit:seen:HASH    string  a message was taken               3 minutes              (bot/limits.py)
     {guppy}:limit:open:HASH    string  a person's question is open       answered, or the deadline
     {guppy}:limit:rate:HASH    string  how much a person asked lately    a minute or so
     {guppy}:limit:told:HASH    string  a person was told why not         a minute
