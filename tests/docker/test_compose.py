@@ -1,8 +1,10 @@
 """The compose files: what they promise of every container, and that they and the settings know each other."""
 
+import json
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,18 @@ def test_an_overlay_speaks_of_services_and_folders_that_exist(overlay: Path) -> 
                 assert (ROOT / volume.split(":")[0]).exists(), volume
         for port in service.get("ports", []):
             assert port.startswith("127.0.0.1:"), "metrics are for this machine"
+
+
+def test_every_compose_file_follows_the_published_schema(tmp_path: Path) -> None:
+    checked = []
+    for file in [ROOT / "docker-compose.yml", *OVERLAYS, ROOT / "docker/prove/compose.yml"]:
+        checked.append(tmp_path / f"{file.parent.name}-{file.stem}.json")  # JSON, because it knows no !reset
+        checked[-1].write_text(json.dumps(compose(file)))
+    checker = Path(sys.executable).with_name("check-jsonschema")
+    check = subprocess.run(
+        [checker, "--builtin-schema", "vendor.compose-spec", *checked], capture_output=True, text=True, check=False
+    )
+    assert check.returncode == 0, check.stdout
 
 
 @pytest.mark.skipif(

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import kubernetes_validate
 import pytest
 import yaml
 
@@ -22,7 +23,6 @@ PODS = {
 
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_a_manifest_follows_the_published_schema(name: str) -> None:
-    kubernetes_validate = pytest.importorskip("kubernetes_validate", reason="needs kubernetes-validate")
     kubernetes_validate.validate(MANIFESTS[name], "1.31", strict=True)
 
 

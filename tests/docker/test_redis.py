@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
 
 from bot.limits import Verdict, limiter
 from bot.queue import QueuedFish
@@ -102,7 +104,7 @@ def test_a_script_reaches_no_other_key(container: Container) -> None:
 
 def test_nobody_else_gets_in(container: Container) -> None:
     for options in ({}, {"password": container.password}, {"username": "guppy", "password": "wrong"}):
-        client = redis.Redis(port=container.port, **options)  # type: ignore[arg-type]
+        client = redis.Redis(port=container.port, retry=Retry(NoBackoff(), 0), **options)  # type: ignore[arg-type]
         with pytest.raises((redis.exceptions.AuthenticationError, redis.exceptions.ResponseError)):
             client.ping()
 
