@@ -125,12 +125,16 @@ async def invite(settings: Settings) -> str:
         raise _refusal(error, settings) or Refusal(
             f"Discord does not answer at {settings.discord_api_base}; try again later.", ExitCode.TOKEN
         ) from None
-    to_server = discord.utils.oauth_url(application, permissions=PERMISSIONS, scopes=("bot", "applications.commands"))
+    to_server = _link_to_server(application)
     to_oneself = discord.utils.oauth_url(application, scopes=("applications.commands",)) + "&integration_type=1"
     return (
         f"Add Guppy to a server that you manage:\n{to_server}\n"
         f"Add Guppy to yourself, to use /guppy everywhere:\n{to_oneself}"
     )
+
+
+def _link_to_server(application: int) -> str:
+    return discord.utils.oauth_url(application, permissions=PERMISSIONS, scopes=("bot", "applications.commands"))
 
 
 class _NoFish:
@@ -305,6 +309,8 @@ class Guppy(discord.AutoShardedClient):
         await self.connect()
 
     async def setup_hook(self) -> None:
+        assert self.application_id is not None
+        log.info("who manages a server adds him here", link=_link_to_server(self.application_id))
         homes = self._settings.discord_home_channels
         if homes:
             log.info("home channels: every message there is read, with the Message Content intent", channels=len(homes))

@@ -438,5 +438,18 @@ def push(
         give_up(str(error))
 
 
+# -- the service ------------------------------------------------------------------------------------------
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+    short_help="The bots: `guppy bot invite` prints the link by which people add him on Discord.",
+)
+def bot(context: typer.Context) -> None:
+    """`python -m bot`, by another name: a process of its own, because nothing here knows of the bots."""
+    # -P: the package that is installed, not a bot.py that lies in this folder.
+    os.execv(sys.executable, [sys.executable, "-P", "-m", "bot", *context.args])
+
+
 if __name__ == "__main__":
     app()

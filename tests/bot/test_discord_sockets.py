@@ -453,6 +453,7 @@ async def test_a_question_goes_through_adapter_queue_and_worker_and_back(
         process.process.terminate()
         assert process.exit_code() == 0
         log = process.log.read_text()
+    assert f"client_id={BOT}" in log  # the link by which people add him, where the operator looks first
     for private in ("canary-7261", TOKEN, str(PERSON), "alice", str(DIRECT)):
         assert private not in log
         assert private not in worker.log.read_text()
@@ -510,9 +511,18 @@ async def test_a_wrong_token_ends_the_process_with_one_sentence(adapter_process:
         assert "not.the.token" not in process.log.read_text()
 
 
-async def test_the_invite_command_prints_the_links(adapter_process: Callable[..., Process]) -> None:
+@pytest.mark.parametrize("command", ["bot invite", "guppylm bot invite"])
+async def test_the_invite_command_prints_the_links(command: str, tmp_path: Path) -> None:
     async with DiscordServer() as server:
-        process = adapter_process(server, "invite")
+        process = Process(["-m", *command.split()], tmp_path, server.environment)
         assert await asyncio.to_thread(process.exit_code, 30) == 0
         assert f"client_id={BOT}" in process.log.read_text()
         assert len(process.log.read_text().splitlines()) == 4
+
+
+async def test_the_invite_command_says_what_is_wrong(tmp_path: Path) -> None:
+    async with DiscordServer() as server:
+        wrong = server.environment | {"GUPPY_DISCORD_TOKEN": "not.the.token"}
+        process = Process(["-m", "guppylm", "bot", "invite"], tmp_path, wrong)
+        assert await asyncio.to_thread(process.exit_code, 30) == ExitCode.TOKEN
+        assert process.log.read_text().startswith("guppy: Discord refuses GUPPY_DISCORD_TOKEN.")
