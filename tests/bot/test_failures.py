@@ -30,26 +30,26 @@ async def outcome(asking: Awaitable[Reply]) -> str:
 async def test_no_worker_the_queue_fills_and_then_refuses_at_once(
     settings: Settings, redis_server: RedisServer
 ) -> None:
-    async with QueuedFish(settings.model_copy(update={"queue_cap": 5, "deadline": 4})) as fish:
+    async with QueuedFish(settings.model_copy(update={"queue_cap": 5, "deadline": 2})) as fish:
         started = time.monotonic()
         waiting = [asyncio.create_task(outcome(fish.ask(f"{n}"))) for n in range(5)]
         await until(lambda: redis_server.client().xlen(REQUESTS) == 5)
         assert await outcome(fish.ask("one more")) == "asleep"
-        assert time.monotonic() - started < 3
+        assert time.monotonic() - started < 1.5
         assert await asyncio.gather(*waiting) == ["asleep"] * 5
-        assert time.monotonic() - started < 6
+        assert time.monotonic() - started < 3.5
 
 
 async def test_a_worker_killed_in_the_middle_costs_a_retry_and_no_second_reply(
     settings: Settings, redis_server: RedisServer, start_worker: StartWorker
 ) -> None:
-    first = start_worker(step_ms=50, tokens=20)
+    first = start_worker(step_ms=50, tokens=20, hasty=3)
     await awake(redis_server)
     async with QueuedFish(settings) as fish:
         asking = [asyncio.create_task(outcome(fish.ask(f"{n}"))) for n in range(10)]
         await in_hand(redis_server, 10)
         first.process.kill()
-        second = start_worker()
+        second = start_worker(hasty=3)
         assert await asyncio.gather(*asking) == [f"blub. {n}" for n in range(10)]
     assert second.log.read_text().count('"tries": 2') == 10
     assert redis_server.client().xlen(REQUESTS) == 0
@@ -58,13 +58,13 @@ async def test_a_worker_killed_in_the_middle_costs_a_retry_and_no_second_reply(
 async def test_a_frozen_workers_questions_are_taken_over_and_what_it_says_later_is_not_heard(
     settings: Settings, redis_server: RedisServer, start_worker: StartWorker
 ) -> None:
-    frozen = start_worker(step_ms=50, tokens=20)
+    frozen = start_worker(step_ms=50, tokens=20, hasty=3)
     await awake(redis_server)
     async with QueuedFish(settings) as fish:
         asking = [asyncio.create_task(outcome(fish.ask(f"{n}"))) for n in range(5)]
         await in_hand(redis_server, 5)
         frozen.process.send_signal(signal.SIGSTOP)
-        start_worker()
+        start_worker(hasty=3)
         assert await asyncio.gather(*asking) == [f"blub. {n}" for n in range(5)]
         frozen.process.send_signal(signal.SIGCONT)
         await until(lambda: frozen.log.read_text().count('"event": "answered"') == 5)
@@ -76,9 +76,9 @@ async def test_a_frozen_workers_questions_are_taken_over_and_what_it_says_later_
 async def test_a_question_that_fails_is_tried_twice_and_then_given_up(
     settings: Settings, redis_server: RedisServer, start_worker: StartWorker
 ) -> None:
-    worker = start_worker()
+    worker = start_worker(hasty=3)
     await awake(redis_server)
-    async with QueuedFish(settings.model_copy(update={"deadline": 40})) as fish:
+    async with QueuedFish(settings) as fish:
         poisoned = asyncio.create_task(outcome(fish.ask("secret (raise)")))
         for n in range(20):
             assert await outcome(fish.ask(f"{n}")) == f"blub. {n}"
@@ -92,13 +92,13 @@ async def test_a_question_that_fails_is_tried_twice_and_then_given_up(
 async def test_a_question_that_kills_its_workers_kills_no_more_than_two(
     settings: Settings, redis_server: RedisServer, start_worker: StartWorker
 ) -> None:
-    workers = [start_worker()]
+    workers = [start_worker(hasty=3)]
     await awake(redis_server)
     async with QueuedFish(settings.model_copy(update={"deadline": 60})) as fish:
         poisoned = asyncio.create_task(outcome(fish.ask("(die)")))
         for _ in range(2):
             assert await asyncio.to_thread(workers[-1].exit_code) == -signal.SIGKILL
-            workers.append(start_worker())
+            workers.append(start_worker(hasty=3))
         assert await poisoned == "confused"
         assert await outcome(fish.ask("and you")) == "blub. and you"
     assert workers[-1].process.poll() is None
@@ -107,7 +107,7 @@ async def test_a_question_that_kills_its_workers_kills_no_more_than_two(
 async def test_a_worker_that_hangs_becomes_unhealthy_ends_itself_and_others_take_over(
     settings: Settings, redis_server: RedisServer, start_worker: StartWorker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    hanging = start_worker(GUPPY_MAX_BATCH="2")
+    hanging = start_worker(hasty=3, GUPPY_MAX_BATCH="2")
     await awake(redis_server)
     async with QueuedFish(settings.model_copy(update={"deadline": 60})) as fish:
         lost = asyncio.create_task(outcome(fish.ask("(hang)")))
@@ -115,7 +115,7 @@ async def test_a_worker_that_hangs_becomes_unhealthy_ends_itself_and_others_take
         innocent = asyncio.create_task(outcome(fish.ask("innocent")))
         await in_hand(redis_server, 2)
         lost.cancel()
-        start_worker()
+        start_worker(hasty=3)
         assert await innocent == "blub. innocent"
         assert await asyncio.to_thread(hanging.exit_code) == ExitCode.STUCK
     assert "made no step" in hanging.log.read_text()
@@ -240,7 +240,7 @@ async def test_a_redis_frozen_for_longer_is_an_outage_and_then_none(
 
 
 async def test_a_full_redis_is_a_busy_fish_and_the_worker_goes_on(
-    settings: Settings, redis_server: RedisServer
+    settings: Settings, redis_server: RedisServer, hasty_here: None
 ) -> None:
     client = redis_server.client()
     async with working(settings, StandInEngine(0.05, 20)), QueuedFish(settings) as fish:
@@ -249,7 +249,7 @@ async def test_a_full_redis_is_a_busy_fish_and_the_worker_goes_on(
         client.config_set("maxmemory", 1)
         assert await outcome(fish.ask("full")) == "busy"
         assert await before == "blub. before", "what is on the queue is still answered"
-        await asyncio.sleep(2 * queue.CLAIM_AFTER / 1000 / 3)
+        await asyncio.sleep(queue.CLAIM_AFTER / 1000)
         client.config_set("maxmemory", 0)
         assert await outcome(fish.ask("after")) == "blub. after"
 

@@ -36,7 +36,7 @@ async def test_no_word_is_left_in_redis_logs_or_metrics(
 ) -> None:
     metrics_ports = [free_port(), free_port()]
     debug = {"GUPPY_LOG_LEVEL": "DEBUG", "GUPPY_REDIS_URL": redis_server.url}
-    workers = [start_worker(GUPPY_LOG_LEVEL="DEBUG", GUPPY_METRICS_PORT=str(port)) for port in metrics_ports]
+    workers = [start_worker(hasty=3, GUPPY_LOG_LEVEL="DEBUG", GUPPY_METRICS_PORT=str(port)) for port in metrics_ports]
     await awake(redis_server, 2)
     redis_server.client().set("control", CANARY)
     assert CANARY in everything_in(redis_server.client())
@@ -71,7 +71,7 @@ async def test_no_word_is_left_in_redis_logs_or_metrics(
 
 
 async def test_no_word_is_left_in_the_memory_of_worker_and_adapter(
-    settings: Settings, redis_server: RedisServer
+    settings: Settings, redis_server: RedisServer, hasty_here: None
 ) -> None:
     async with working(settings), QueuedFish(settings) as fish:
 

@@ -50,12 +50,12 @@ async def test_a_worker_that_is_slow_but_steps_keeps_its_questions(
     settings: Settings, redis_server: RedisServer, start_worker: StartWorker
 ) -> None:
     """A reply that takes longer than the time after which others would take it over."""
-    slow = start_worker(step_ms=100, tokens=60)
+    slow = start_worker(step_ms=100, tokens=30, hasty=2)
     await awake(redis_server)
     async with QueuedFish(settings) as fish:
         asking = asyncio.create_task(fish.ask("take your time"))
         await in_hand(redis_server, 1)
-        other = start_worker()
+        other = start_worker(hasty=2)
         assert (await asking).text == "blub. take your time"
     assert '"tries": 2' not in slow.log.read_text() + other.log.read_text()
 

@@ -7,7 +7,8 @@ around the model. Run as a program it is a whole worker, with the settings of it
     python -m tests.standins.engine --step-ms 4 --tokens 12
 
 A prompt can make it misbehave: one that holds "(raise)" fails, "(die)" kills the process, "(hang)" stops the steps
-for good, as a thread that got stuck would.
+for good, as a thread that got stuck would. `--hasty 3` makes the worker three times quicker to see that something
+stands still.
 """
 
 import argparse
@@ -16,9 +17,11 @@ import os
 import signal
 import sys
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from types import ModuleType
 
-from bot import logs, metrics, worker
+from bot import health, logs, metrics, queue, worker
 from bot.lifetime import Stopped, until_finished
 from bot.refusal import Refusal
 from bot.settings import Settings, load
@@ -85,6 +88,13 @@ class StandInEngine:
             self._running = [reply for reply in self._running if not reply.done.done()]
 
 
+def hasty(by: float) -> Iterator[tuple[ModuleType, str, float]]:
+    """Module, name and value of the times by which a worker tells that something stands still, `by` times shorter."""
+    for module, name in ((queue, "CLAIM_AFTER"), (worker, "TEND"), (worker, "SILENT"), (health, "STALLED")):
+        value = getattr(module, name)
+        yield module, name, type(value)(value / by)
+
+
 async def _main(settings: Settings, engine: StandInEngine) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -98,9 +108,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
     parser.add_argument("--step-ms", type=float, default=1.0, help="device time of one step")
     parser.add_argument("--tokens", type=int, default=8, help="steps of one reply")
+    parser.add_argument("--hasty", type=float, default=1.0)
     arguments = parser.parse_args()
     settings = load()
     logs.configure(settings, "worker")
+    for module, name, value in hasty(arguments.hasty):
+        setattr(module, name, value)
     try:
         asyncio.run(_main(settings, StandInEngine(arguments.step_ms / 1000, arguments.tokens, settings.max_batch)))
     except Stopped:
