@@ -603,8 +603,10 @@ class _Guppy:
             log.info(outcome, seconds=round(seconds, 3))
         finally:
             self._in_hand.discard(task)
-            # The application holds on to the last update until the next one comes: give it one that says nothing.
-            self.application.update_queue.put_nowait(None)
+            # The application holds on to the last update until the next one comes: give it one that says nothing. (While
+            # it stops it takes no more, and would wait for this one to be taken.)
+            if self.application.running:
+                self.application.update_queue.put_nowait(None)
 
     async def _outcome(self, question: _Question) -> str:
         clock = asyncio.get_running_loop().time

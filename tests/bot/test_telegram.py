@@ -956,6 +956,8 @@ async def test_a_stop_answers_what_is_in_hand_and_leaves_the_rest_for_the_next_s
     async with swimming(telegram, fish):
         await telegram.say(tank, "one", by=anna)
         await telegram.until(lambda: fish.asked)
+        began = time.monotonic()
+    assert time.monotonic() - began < 2.5, "and no longer than that takes"
     assert texts(telegram.said_in(tank)) == ["blub. one"]
     await telegram.say(tank, "two", by=anna)
     async with swimming(telegram, fish):
