@@ -86,6 +86,8 @@ AT_ONCE = 1024
 """Questions that this process has open at most; further ones wait in line."""
 POLL = 10
 """Seconds for which Telegram holds a poll that has nothing to tell."""
+AWAY = 1.0
+"""Seconds before the second try to reach a Telegram that is away at the start; each further one waits twice as long."""
 SILENT = 30.0
 """Seconds without the return of a poll after which something is wrong."""
 CONFLICT = 300.0
@@ -396,7 +398,7 @@ class _Guppy:
 
     async def _reach(self, call: Callable[[], Awaitable[None]]) -> None:
         """Do `call`, again and again while Telegram is away. Raises `Refusal` when waiting would not help."""
-        pause, away = 1.0, False
+        pause, away = AWAY, False
         while True:
             try:
                 await call()

@@ -10,6 +10,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from aiohttp import web
 from discord import Permissions
+from discord.backoff import ExponentialBackoff
 from prometheus_client import REGISTRY
 
 from bot import discord as adapter
@@ -197,7 +198,7 @@ async def test_a_reply_that_discord_refuses_is_dropped_and_counted(status: int, 
         before = counted("undeliverable")
         await server.say("hello")
         await until(lambda: counted("undeliverable") == before + 1)
-        await asyncio.sleep(1)
+        await asyncio.sleep(0.3)
         assert server.count("POST", "/messages") == 1
         server.faults.clear()
         assert await server.reply_to(await server.say("again")) == "blub. again"
@@ -243,7 +244,10 @@ async def test_a_flood_limit_within_the_deadline_is_waited_for_and_counted() -> 
 
 
 @pytest.mark.parametrize("seconds", [20.0, 120.0])
-async def test_a_flood_limit_beyond_the_deadline_drops_the_reply(seconds: float) -> None:
+async def test_a_flood_limit_beyond_the_deadline_drops_the_reply(
+    seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapter, "DELIVERY", 0.5)
     async with DiscordServer() as server, serving(server, StandInFish(), deadline=1):
         server.faults.append(lambda _, path: too_many(seconds) if path.endswith("/messages") else None)
         before = counted("undeliverable")
@@ -382,7 +386,9 @@ async def test_presence_is_idle_while_no_worker_answers(monkeypatch: pytest.Monk
 
 
 async def test_health_follows_the_connection_and_not_the_latency(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "STALE", 1.5)
+    monkeypatch.setattr(health, "STALE", 0.8)
+    monkeypatch.setattr(health, "BEAT", 0.2)
+    monkeypatch.setattr(ExponentialBackoff, "delay", lambda _: 0.3)  # the library's own pauses, of up to minutes
     async with DiscordServer() as server:
         server.acknowledges = False  # the latency is then infinite
         async with serving(server, StandInFish()):
@@ -463,7 +469,7 @@ async def test_sigterm_answers_what_is_in_flight(
     adapter_process: Callable[..., Process], start_worker: StartWorker
 ) -> None:
     async with DiscordServer() as server:
-        start_worker(step_ms=200, tokens=10)
+        start_worker(step_ms=100, tokens=10)
         process = adapter_process(server)
         await server.connected(within=60)
         message = await server.say("hello")
@@ -493,8 +499,8 @@ async def test_the_gateway_is_not_opened_before_redis_is_there(
 ) -> None:
     redis_server.kill()
     async with DiscordServer() as server:
-        adapter_process(server)
-        await asyncio.sleep(3)
+        await adapter_process(server).logs("redis is away")
+        await asyncio.sleep(1)
         assert server.requests == []
         redis_server.start()
         start_worker()
