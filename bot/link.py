@@ -82,6 +82,7 @@ class Link:
         self._sender: asyncio.Task[None] | None = None
         self._block = asyncio.Lock()
         self._lost_at: float | None = None
+        self._reasons: set[str] = set()
 
     async def ready(self) -> None:
         """Wait with back-off until Redis serves us. Raises `Refusal` when waiting would not help."""
@@ -172,12 +173,15 @@ class Link:
         except BaseException:  # cancelled in the middle: what is still under way would answer the next command
             await connection.disconnect(nowait=True)
             raise
-        if any(isinstance(answer, _NotServing) for answer in answers):
+        refused = next((answer for answer in answers if isinstance(answer, _NotServing | Denied)), None)
+        if refused is not None:
             await connection.disconnect(nowait=True)  # another server may stand behind the same name by now
+            self._note(refused)
         elif self._lost_at is not None:
             log.info("redis is back", seconds=round(time.monotonic() - self._lost_at, 1))
             metrics.REDIS_RECONNECTS.inc()
             self._lost_at = None
+            self._reasons.clear()
         return answers
 
     async def _answer(self, connection: AbstractConnection) -> Any:
@@ -192,10 +196,16 @@ class Link:
 
     def _lost(self, error: Exception) -> NoReturn:
         away = _refusal(error)
+        self._note(away)
+        raise away from None
+
+    def _note(self, away: Away) -> None:
+        """Log a loss, once for each of its reasons."""
         if self._lost_at is None:
             self._lost_at = time.monotonic()
+        if str(away) not in self._reasons:
+            self._reasons.add(str(away))
             log.warning("redis is away", address=self.address, reason=str(away))
-        raise away from None
 
 
 class _UnknownScript(Away):

@@ -327,6 +327,8 @@ class QueuedFish:
                 # A Redis that came back empty has lost the questions, one that did not refuses the duplicates; and
                 # replies that were collected when the connection broke are lost as well, so ask anew.
                 await asyncio.gather(*(self._submit(question) for question in list(self._open.values())))
+                if self._in_doubt:  # a replica, say, lets us read and not write
+                    raise Away
                 while not self._in_doubt:
                     answer = await self._link.block(
                         *("XREAD", "COUNT", COLLECT, "BLOCK", BLOCK, "STREAMS", self._replies, "0")

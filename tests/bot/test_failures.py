@@ -1,9 +1,11 @@
 """What happens when something dies, hangs, fills up or comes too late, with real processes and a real Redis."""
 
 import asyncio
+import json
 import re
 import signal
 import time
+from collections import Counter
 from collections.abc import Awaitable
 from pathlib import Path
 
@@ -254,6 +256,37 @@ async def test_a_full_redis_is_a_busy_fish_and_the_worker_goes_on(
         assert await outcome(fish.ask("after")) == "blub. after"
 
 
+@pytest.mark.parametrize("refusal", ["READONLY", "WRONGPASS"])
+async def test_a_redis_that_refuses_for_a_while_is_an_outage_and_nobody_ends(
+    settings: Settings,
+    redis_server: RedisServer,
+    start_worker: StartWorker,
+    monkeypatch: pytest.MonkeyPatch,
+    refusal: str,
+) -> None:
+    """It became a replica, or got a password that we don't have (yet)."""
+    monkeypatch.setattr(queue, "PATIENCE", 0.5)
+    client = redis_server.client()
+    worker = start_worker()
+    await awake(redis_server)
+    async with QueuedFish(settings) as fish:
+        assert await outcome(fish.ask("before")) == "blub. before"
+        if refusal == "READONLY":
+            client.replicaof("127.0.0.1", redis_server.port + 1)
+        else:
+            client.config_set("requirepass", "another")
+            client.client_kill_filter(_type="normal", skipme=True)
+        assert await outcome(fish.ask("meanwhile")) == "asleep"
+        await worker.logs(refusal)
+        if refusal == "READONLY":
+            client.replicaof("NO", "ONE")
+        else:
+            client.config_set("requirepass", "")
+        await until(lambda: fish._away_since is None)
+        assert await outcome(fish.ask("after")) == "blub. after"
+    assert worker.process.poll() is None
+
+
 async def test_an_adapter_that_dies_leaves_nothing_behind(
     redis_server: RedisServer, start_worker: StartWorker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -314,6 +347,36 @@ async def test_sigterm_while_waiting_for_redis_exits_0_at_once(
     await worker.logs("redis is away")
     worker.process.terminate()
     assert await asyncio.to_thread(worker.exit_code, 3) == 0
+
+
+async def test_old_and_new_processes_share_a_queue_while_an_upgrade_rolls(
+    settings: Settings, redis_server: RedisServer, start_worker: StartWorker, tmp_path: Path
+) -> None:
+    """The new version speaks another protocol: who meets the other is told that the fish is busy, and nobody dies."""
+    newer = (
+        "import runpy, sys, bot.queue as q; q.VERSION = b'2'; runpy.run_module(sys.argv.pop(1), run_name='__main__')"
+    )
+    new = {"GUPPY_REDIS_URL": redis_server.url}
+    workers = [start_worker(), Process(["-c", newer, "tests.standins.engine"], tmp_path / "new worker", new)]
+    try:
+        await awake(redis_server, 2)
+        asking = ["tests.standins.asker", "--questions", "60", "--at-once", "60"]
+        adapters = [
+            Process(["-m", *asking], tmp_path / "old adapter", new),
+            Process(["-c", newer, *asking], tmp_path / "new adapter", new),
+        ]
+        for adapter in adapters:
+            assert await asyncio.to_thread(adapter.exit_code) == 0
+            results = [json.loads(line) for line in adapter.log.read_text().splitlines() if '"question"' in line]
+            outcomes = Counter(result["outcome"] for result in results)
+            assert set(outcomes) == {"answered", "busy"}
+            assert outcomes.total() == 60
+            assert all(result["right"] for result in results)
+        assert [worker.process.poll() for worker in workers] == [None, None]
+        assert redis_server.client().xlen(REQUESTS) == 0
+    finally:
+        workers[1].process.kill()
+        workers[1].process.wait()
 
 
 async def test_two_workers_share_the_questions(

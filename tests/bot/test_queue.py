@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from prometheus_client import REGISTRY
 
 from bot.fish import Asleep, Busy, FishError, Reply
+from bot.limits import RedisLimiter
 from bot.queue import REQUESTS, Intake, QueuedFish, Request, UnknownVersion, Unreadable, decode
 from bot.settings import Settings
 from tests.standins.engine import StandInEngine
@@ -211,6 +213,40 @@ async def test_a_question_of_an_unknown_version_is_refused_as_busy(
             with pytest.raises(Busy):
                 await asking
             assert (await fish.ask("from today")).text == "blub. from today"
+
+
+async def test_a_reply_of_an_unknown_version_is_a_busy_fish(
+    settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with QueuedFish(settings) as fish:
+        asking = asyncio.create_task(fish.ask("what will you say"))
+        intake = Intake(settings)
+        request = await take_one(intake)
+        with monkeypatch.context() as newer:
+            newer.setattr("bot.queue.VERSION", b"2")
+            await intake.answer(request, Reply("something new"))
+        with pytest.raises(Busy):
+            await asking
+        await intake.aclose()
+
+
+async def test_a_cluster_keeps_every_key_on_one_node(tmp_path: Path) -> None:
+    """Redis itself refuses a script there whose keys lie apart, or that touches a key it didn't name."""
+    server = RedisServer(tmp_path, "--cluster-enabled", "yes").start()
+    try:
+        client = server.client()
+        client.execute_command("CLUSTER ADDSLOTS", *range(16384))
+        await until(lambda: client.execute_command("CLUSTER INFO")["cluster_state"] == "ok")
+        settings = Settings.model_validate({"redis_url": server.url})
+        limits = RedisLimiter(settings, "discord", None)
+        async with working(settings), QueuedFish(settings) as fish, limits.turn("anna", "1") as turn:
+            assert await turn.may_notice()
+            assert (await fish.ask("where are you")).text == "blub. where are you"
+        slots = {client.execute_command("CLUSTER KEYSLOT", key) for key in client.scan_iter()}
+        assert len(slots) == 1
+        await limits.aclose()
+    finally:
+        server.kill()
 
 
 anything = st.lists(st.tuples(st.binary(max_size=40), st.binary(max_size=80)), min_size=1, max_size=6)
