@@ -71,7 +71,8 @@ class Progress:
 
 
 class Rows:
-    """A data set as token rows, resident on the device: ids (N, longest), and where thought and reply begin."""
+    """A data set as token rows: ids (N, longest), resident on the device; where thought and reply begin and how long
+    each row is, (N,), on the host, which plans with them."""
 
     def __init__(self, conversations: list[Conversation], chat: ChatFormat, device: torch.device) -> None:
         encoded = [chat.encode(c.prompt, c.reply, c.topic, c.intent) for c in conversations]
@@ -82,9 +83,9 @@ class Rows:
         for row, (tokens, _, _) in enumerate(encoded):
             ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int16)
         self.ids = ids.to(device)
-        self.length = torch.tensor(self.lengths, device=device)
-        self.thought = torch.tensor(self.thought_at, device=device)
-        self.reply = torch.tensor([reply for _, _, reply in encoded], device=device)
+        self.length = torch.tensor(self.lengths)
+        self.thought = torch.tensor(self.thought_at)
+        self.reply = torch.tensor([reply for _, _, reply in encoded])
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -131,21 +132,22 @@ def plan(rows: Rows, recipe: Train, listening_share: float, epoch: int) -> list[
 def batch_loss(model: nn.Module, rows: Rows, batch: Batch, recipe: Train, share: slice = slice(None)) -> Tensor:
     """The weighted loss of a batch in nats a token, over the `share` of its rows that is this process's.
 
-    The denominator is the whole batch's weight: the shares of all processes add up to the batch's loss.
+    The denominator is the whole batch's weight: the shares of all processes add up to the batch's loss. What counts is
+    found on the host, so that it never waits for the device.
     """
-    index = torch.tensor(batch.rows, device=rows.ids.device)
-    ids = rows.ids[index, : batch.positions + 1].long()
-    targets = ids[:, 1:]
-    at = torch.arange(1, targets.shape[1] + 1, device=ids.device)  # the position each target stands at
+    device, index = rows.ids.device, torch.tensor(batch.rows)
     thought, reply, length = rows.thought[index, None], rows.reply[index, None], rows.length[index, None]
+    at = torch.arange(1, batch.positions + 1)  # the position each target stands at
     weights = torch.where(
         at < thought, recipe.prompt_weight, torch.where(at < reply, recipe.thought_weight, recipe.reply_weight)
     )
     weights = weights * (at < (reply if batch.listening else length))
-    thinking = (at >= thought) & (at < reply)
-    total = weights.sum()
-    losses, kept = model(ids[share, :-1], targets[share], weights[share] > 0, thinking[share])
-    loss: Tensor = (losses * weights[share][kept]).sum() / total
+    total = weights.sum().item()
+    weights, thinking = weights[share].flatten(), ((at >= thought) & (at < reply))[share].flatten()
+    words, thoughts = ((weights > 0) & ~thinking).nonzero()[:, 0], ((weights > 0) & thinking).nonzero()[:, 0]
+    ids = rows.ids[index[share].to(device), : batch.positions + 1].long()
+    losses = model(ids[:, :-1], ids[:, 1:], words.to(device), thoughts.to(device))
+    loss: Tensor = (losses * weights[torch.cat([words, thoughts])].to(device)).sum() / total
     return loss
 
 
@@ -173,24 +175,18 @@ class Losses(nn.Module):
         self.register_buffer("group", torch.tensor(group, dtype=torch.long, device=device), persistent=False)
         self.first = thoughts[0] if thoughts else 0
 
-    def forward(self, ids: Tensor, targets: Tensor, counts: Tensor, thinking: Tensor) -> tuple[Tensor, Tensor]:
-        """ids and targets (B, T); `counts` and `thinking` mark the targets that have weight and those that are
-        thoughts. Returns the loss of each that counts, (n,), and the mask (B, T) that lists them in this order."""
-        hidden = self.model.hidden(ids)
+    def forward(self, ids: Tensor, targets: Tensor, words: Tensor, thoughts: Tensor) -> Tensor:
+        """ids and targets (B, T); `words` and `thoughts` are the places in B x T of the targets that count. Returns
+        their losses, first of the words, then of the thoughts."""
+        hidden, targets = self.model.hidden(ids).flatten(0, 1), targets.flatten()
         # Only positions that count pass through the head, the widest matrix of all.
-        hidden, targets, thinking = hidden[counts], targets[counts], thinking[counts]
-        losses = torch.zeros(len(targets), device=ids.device)
-        words = ~thinking
-        logits = self.model.lm_head(hidden[words])
-        losses[words] = F.cross_entropy(logits.float(), targets[words], reduction="none")
+        losses = [F.cross_entropy(self.model.lm_head(hidden[words]).float(), targets[words], reduction="none")]
         if len(self.thoughts):
-            chosen = targets[thinking] - self.first  # the ids of thoughts follow one another
-            logits = hidden[thinking] @ self.model.tok_emb.weight[self.thoughts].T
+            chosen = targets[thoughts] - self.first  # the ids of thoughts follow one another
+            logits = hidden[thoughts] @ self.model.tok_emb.weight[self.thoughts].T
             rivals = self.group[chosen, None] == self.group
-            losses[thinking] = F.cross_entropy(
-                logits.float().masked_fill(~rivals, float("-inf")), chosen, reduction="none"
-            )
-        return losses, counts
+            losses.append(F.cross_entropy(logits.float().masked_fill(~rivals, float("-inf")), chosen, reduction="none"))
+        return torch.cat(losses)
 
 
 def learning_rate(step: int, recipe: Train) -> float:
@@ -227,11 +223,11 @@ def topics_heard(model: GuppyLM, rows: Rows, chat: ChatFormat, most: int = 400) 
     chosen = sorted(range(0, len(rows), max(1, len(rows) // most)), key=lambda row: rows.thought_at[row])
     right = 0
     for begin in range(0, len(chosen), 64):
-        some = torch.tensor(chosen[begin : begin + 64], device=rows.ids.device)
+        some = torch.tensor(chosen[begin : begin + 64])
         last = rows.thought[some] - 1
-        ids = rows.ids[some, : int(last.max()) + 1].long()
+        ids = rows.ids[some.to(rows.ids.device), : int(last.max()) + 1].long()
         logits = model.lm_head(model.hidden(ids)[torch.arange(len(some)), last])[:, topics]
-        truth = rows.ids[some, rows.thought[some]].long()
+        truth = rows.ids[some.to(rows.ids.device), rows.thought[some].to(rows.ids.device)].long()
         right += int((topics[logits.argmax(-1)] == truth).sum())
     model.train()
     return right / len(chosen)
