@@ -107,8 +107,7 @@ class _Worker:
                 await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
                 continue
             try:
-                for request in await self._intake.take(self._free()):
-                    self._start(request)
+                self._start(await self._intake.take(self._free()))
                 pause = 0.05
             except Away:
                 await asyncio.sleep(pause)
@@ -132,21 +131,22 @@ class _Worker:
     async def _tend(self) -> None:
         claim = 0 if self._stopping else self._free()
         try:
-            for request in await self._intake.tend(list(self._in_hand.values()), claim):
-                self._start(request)
+            self._start(await self._intake.tend(list(self._in_hand.values()), claim))
         except Away:
             pass  # the link says so; what is in hand is answered or taken over when Redis is back
 
     def _free(self) -> int:
         return max(0, self._most - len(self._in_hand))
 
-    def _start(self, request: Request) -> None:
-        if request.entry in self._in_hand:
-            return  # taken over from ourselves, after a pause in which we gave no sign
-        self._in_hand[request.entry] = request
-        task = asyncio.create_task(self._work(request), name="question")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+    def _start(self, requests: list[Request]) -> None:
+        # Not in the loop that takes them: its variable would keep the last one's words until the next one comes.
+        for request in requests:
+            if request.entry in self._in_hand:
+                continue  # taken over from ourselves, after a pause in which we gave no sign
+            self._in_hand[request.entry] = request
+            task = asyncio.create_task(self._work(request), name="question")
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
 
     async def _work(self, request: Request) -> None:
         started = time.perf_counter()

@@ -2,14 +2,19 @@
 
 import asyncio
 import itertools
+import random
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable
 
 import pytest
 from pydantic import SecretStr
 
 from bot.limits import Limiter, LocalLimiter, RedisLimiter, Verdict, limiter
+from bot.queue import QueuedFish
 from bot.settings import Settings
+from tests.standins.engine import StandInEngine
+from tests.standins.processes import working
 from tests.standins.redis_server import RedisServer
 
 messages = map(str, itertools.count())
@@ -170,6 +175,48 @@ async def test_without_redis_nothing_is_kept_for_long(limited: Settings, monkeyp
     await verdict(limits, "somebody else")
     assert len(limits._seen) == len(limits._full_again) == 1
     assert not limits._told
+
+
+async def test_a_flood_of_one_leaves_the_others_as_quick_as_they_were(settings: Settings) -> None:
+    """The flood alone is three times what the worker could answer."""
+    few = settings.model_copy(update={"max_batch": 8})
+    limits = RedisLimiter(few, "discord", None)
+    flood: Counter[Verdict] = Counter()
+
+    async def flooded(person: str) -> None:
+        async with limits.turn(person, next(messages)) as turn:
+            flood[turn.verdict] += 1
+            if turn.verdict is Verdict.WELCOME:
+                await fish.ask("me me me")
+
+    async def chatting(number: int) -> list[float]:
+        """Others come, each with one question after another."""
+        seconds = []
+        for n in range(4):
+            await asyncio.sleep(random.uniform(0.2, 0.6))
+            started = time.perf_counter()
+            async with limits.turn(f"person {number}", next(messages)) as turn:
+                assert turn.verdict is Verdict.WELCOME, n
+                await fish.ask("are you hungry")
+            seconds.append(time.perf_counter() - started)
+        return seconds
+
+    async def p99(first: int, storm: bool) -> float:
+        talking = asyncio.gather(*(chatting(first + n) for n in range(25)))
+        flooding = []
+        while not talking.done():
+            flooding += [asyncio.create_task(flooded("flooder")) for _ in range(25 if storm else 0)]
+            await asyncio.sleep(0.05)
+        await asyncio.gather(*flooding)
+        return sorted(second for seconds in await talking for second in seconds)[98]
+
+    async with working(few, StandInEngine(0.004, 12, max_batch=8)), QueuedFish(few) as fish:
+        await p99(100, storm=False)  # warms up
+        in_peace, in_the_flood = await p99(200, storm=False), await p99(300, storm=True)
+    await limits.aclose()
+    assert flood.total() > 500
+    assert flood[Verdict.WELCOME] <= 5
+    assert in_the_flood <= 1.5 * in_peace + 0.05  # a tick or two of a busy machine
 
 
 async def test_a_flood_of_one_leaves_the_others_welcome(limits: Limiter) -> None:

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 
 from bot.link import Away, Denied, Full, Link, Script
+from bot.queue import QueuedFish
 from bot.refusal import ExitCode, Refusal
 from bot.settings import Settings
+from tests.standins.processes import working
 from tests.standins.redis_server import RedisServer, free_port
 
 WRITE = Script("return redis.call('SET', KEYS[1], ARGV[1])")
@@ -125,9 +127,10 @@ async def test_tls_with_a_certificate_that_is_trusted(redis_server: RedisServer)
     trusted = f"?ssl_ca_certs={CERTIFICATE}"
     async with (
         tls_in_front_of(redis_server) as port,
-        linked(at(f"rediss://localhost:{port}/0{trusted}")) as link,
+        working(tls := at(f"rediss://localhost:{port}/0{trusted}")),
+        QueuedFish(tls) as fish,
     ):
-        assert await link.call("PING") == b"PONG"
+        assert (await fish.ask("psst")).text == "blub. psst"
 
 
 async def test_tls_with_a_certificate_that_is_not_is_refused(redis_server: RedisServer) -> None:

@@ -1,6 +1,8 @@
 """The fish in this process: `bot/local.py`, with an engine without a model."""
 
 import asyncio
+import shutil
+from pathlib import Path
 from typing import Any, cast
 
 import pytest
@@ -9,6 +11,7 @@ from bot.fish import Asleep, Busy, Confused, Reply
 from bot.local import LocalFish, load
 from bot.refusal import ExitCode, Refusal
 from bot.settings import Settings
+from guppylm import checkpoint
 from guppylm.engine import EngineBusy
 from tests.standins.engine import StandInEngine
 
@@ -45,7 +48,12 @@ async def test_a_full_engine_is_busy() -> None:
         await fish(Full()).ask("hi")
 
 
-async def test_a_model_that_does_not_load_is_refused(tmp_path: Any) -> None:
-    with pytest.raises(Refusal) as refused:
-        await load(Settings.model_validate({"model": str(tmp_path / "nothing")}))
-    assert refused.value.exit_code is ExitCode.MODEL
+async def test_a_model_that_does_not_load_is_refused_by_name(tmp_path: Path) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(checkpoint.find(checkpoint.DEFAULT_MODEL), damaged)
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    for model, named in ((tmp_path / "nothing", "nothing"), (damaged, "model.safetensors")):
+        with pytest.raises(Refusal, match=named) as refused:
+            await load(Settings.model_validate({"model": str(model)}))
+        assert refused.value.exit_code is ExitCode.MODEL

@@ -9,6 +9,7 @@ from typing import Any
 
 from bot.fish import Confused
 from bot.limits import RedisLimiter
+from bot.local import load
 from bot.queue import REQUESTS, QueuedFish
 from bot.settings import Settings
 from tests.bot.conftest import StartWorker
@@ -79,7 +80,7 @@ async def test_no_word_is_left_in_the_memory_of_worker_and_adapter(
             with suppress(Confused):
                 await fish.ask(prompt)
 
-        asking = asyncio.gather(*(ask(f"{CANARY} {n}") for n in range(50)), ask(f"(raise) {CANARY}"))
+        asking = asyncio.gather(*(ask(f"{CANARY} {n}") for n in range(50)), ask(f"(raise) {CANARY} "))
         await asyncio.sleep(0)
         assert len(left_in_memory(CANARY + " ")) >= 50, "while a question is open it is somewhere, and would be found"
         await asking
@@ -91,6 +92,16 @@ async def test_no_word_is_left_in_the_memory_of_worker_and_adapter(
         del cancelled
         await asyncio.sleep(1.5)
         assert left_in_memory(CANARY + " ") == []
+
+
+async def test_no_word_is_left_in_the_memory_of_a_worker_with_the_fish_that_ships(settings: Settings) -> None:
+    fish_that_ships = await load(settings)
+    canary = fish_that_ships.chat.tokenizer.encode(CANARY).ids
+    async with working(settings, fish_that_ships), QueuedFish(settings) as fish:
+        await asyncio.gather(*(fish.ask(f"{CANARY} {n}") for n in range(8)))
+        assert left_in_memory(CANARY + " ") == []
+        lists = [found for found in gc.get_objects() if type(found) is list and found is not canary]
+        assert not any(all(number in found for number in canary) for found in lists if len(found) < 1000)
 
 
 def left_in_memory(word: str) -> list[str]:

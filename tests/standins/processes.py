@@ -44,7 +44,7 @@ class Process:
 
 
 @asynccontextmanager
-async def working(settings: Settings, engine: StandInEngine | None = None) -> AsyncIterator[StandInEngine]:
+async def working(settings: Settings, engine: worker.Engine | None = None) -> AsyncIterator[worker.Engine]:
     """A worker in this process."""
     engine = engine or StandInEngine()
     stop = asyncio.Event()
