@@ -605,8 +605,8 @@ class _Guppy:
             log.info(outcome, seconds=round(seconds, 3))
         finally:
             self._in_hand.discard(task)
-            # The application holds on to the last update until the next one comes: give it one that says nothing. (While
-            # it stops it takes no more, and would wait for this one to be taken.)
+            # The application holds on to the last update until the next one comes: give it one that says nothing. While
+            # it stops it takes no more, and would wait in vain for this one to be taken.
             if self.application.running:
                 self.application.update_queue.put_nowait(None)
 
@@ -667,9 +667,10 @@ class _Guppy:
     async def _help(self, locale: str | None) -> str:
         with suppress(TelegramError):  # what Telegram said before is good enough
             await self.application.bot.get_me()  # group privacy can be switched while we run
-        everything = self.application.bot.bot.can_read_all_group_messages
-        mentions = voice.say("help_mentions_on" if everything else "help_mentions_off", locale)
-        return voice.say("help_telegram", locale, mentions=mentions)
+        me = self.application.bot.bot
+        hears_all = me.can_read_all_group_messages
+        mentions = voice.say("help_mentions_on" if hears_all else "help_mentions_off", locale)
+        return voice.say("help_telegram", locale, mentions=mentions, name=me.username or "")
 
     async def _tell(self, question: _Question, turn: limits.Turn, line: str) -> None:
         """Say why there is no reply, unless this person has just been told."""

@@ -659,6 +659,7 @@ async def test_help_tells_the_truth_about_mentions_also_when_it_changes(
         await telegram.say(tank, "/help", by=anna)
         off, on, still_on = texts(await telegram.heard(tank, 3))
     assert voice.say("help_mentions_off") in off
+    assert "/guppy@guppy_test_bot and your words" in off
     assert voice.say("help_mentions_on") in on
     assert still_on == on
 

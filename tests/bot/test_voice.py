@@ -86,7 +86,7 @@ def test_variants_vary() -> None:
 
 
 def test_slots_are_filled() -> None:
-    assert voice.say("help_telegram", mentions=" x.").count(" x.") == 1
+    assert voice.say("help_telegram", mentions=" x.", name="y").count(" x.") == 1
 
 
 def test_a_key_that_does_not_exist_is_an_error() -> None:
