@@ -69,6 +69,10 @@ async def test_no_word_is_left_in_redis_logs_or_metrics(
         lines = [line for line in process.log.read_text().splitlines() if '"level"' in line]
         assert sum('"outcome": "answered"' in line for line in lines) == answered
         assert CANARY not in "".join(lines)
+        ids = {json.loads(line)["id"] for line in lines if '"asked"' in line}
+        worked_on = "".join(worker.log.read_text() for worker in workers)
+        assert ids
+        assert all(id in worked_on for id in ids), "an id joins the lines of both ends"
 
 
 async def test_no_word_is_left_in_the_memory_of_worker_and_adapter(
