@@ -75,6 +75,13 @@ def megabytes(pid: int) -> float:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
 
 
+def processor_seconds(redis: RedisServer) -> float:
+    """What Redis has used of a core so far."""
+    with redis.client() as client:
+        cpu = client.info("cpu")
+    return float(cpu["used_cpu_user"]) + float(cpu["used_cpu_sys"])
+
+
 _messages = map(str, itertools.count())
 
 
@@ -115,7 +122,7 @@ async def people(arguments: argparse.Namespace) -> None:
         limits = RedisLimiter(settings, "discord", settings.discord_token)
         async with QueuedFish(settings) as fish:
             crowd = People(fish, limits, arguments.think)
-            begun = time.monotonic()
+            begun, spent, of_redis = time.monotonic(), time.process_time(), processor_seconds(redis)
             until = begun + 60 * arguments.minutes
             living = asyncio.gather(*(crowd.live(f"person {n}", until) for n in range(arguments.people)))
             print(
@@ -136,11 +143,14 @@ async def people(arguments: argparse.Namespace) -> None:
                 rate = len(recent) / (time.monotonic() - started)
                 print(f"{minute:6}  {rate:9.1f}   {percentiles(recent):42} {memory}, {used:.1f}", flush=True)
             await living
-            took = time.monotonic() - begun
+            took, spent = time.monotonic() - begun, time.process_time() - spent
+            of_redis = processor_seconds(redis) - of_redis
         await limits.aclose()
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in crowd.outcomes.most_common())
     print(f"{arguments.people} people, {took:.0f} s: {outcomes}; {len(crowd.seconds) / took:.1f} replies/s")
     print(f"all replies: {percentiles(crowd.seconds)}")
+    each = 1000 / crowd.outcomes.total()
+    print(f"processor time a question: the adapter's {each * spent:.2f} ms, Redis' {each * of_redis:.3f} ms")
 
 
 async def flood(arguments: argparse.Namespace) -> None:
@@ -217,21 +227,15 @@ async def overhead(arguments: argparse.Namespace) -> None:
 async def redis_alone(arguments: argparse.Namespace) -> None:
     """Every step of a question through its real scripts, without adapters and workers around them."""
     with service(0, None) as (server, _):
-        client = server.client()
-
-        def spent() -> float:
-            cpu = client.info("cpu")
-            return float(cpu["used_cpu_user"]) + float(cpu["used_cpu_sys"])
-
         await asyncio.to_thread(_drive, server.url, 0.5)
-        cpu, started = spent(), time.monotonic()
+        cpu, started = processor_seconds(server), time.monotonic()
         with ProcessPoolExecutor(arguments.clients, multiprocessing.get_context("spawn")) as clients:
             loop = asyncio.get_running_loop()
             runs = [
                 loop.run_in_executor(clients, _drive, server.url, arguments.seconds) for _ in range(arguments.clients)
             ]
             rates = await asyncio.gather(*runs)
-        seconds, cpu = time.monotonic() - started, spent() - cpu
+        seconds, cpu = time.monotonic() - started, processor_seconds(server) - cpu
     done = sum(rates) * arguments.seconds
     print(f"{sum(rates):.0f} questions/s through {arguments.clients} clients, for {arguments.seconds:.0f} s")
     print(
