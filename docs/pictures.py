@@ -150,7 +150,8 @@ def discord(said: list[tuple[str, str, str]]) -> str:
             rows.append(
                 f'<path d="M38 {y + 10}V{y}Q38 {y - 6} 44 {y - 6}H66" fill="none" stroke="#4e5058" stroke-width="2"/>'
             )
-            rows.append(f'<text x="74" y="{y - 2}" class="dim">{escape(textwrap.shorten(above, LETTERS, placeholder=" …"))}</text>')
+            above = textwrap.shorten(above, LETTERS, placeholder=" …")
+            rows.append(f'<text x="74" y="{y - 2}" class="dim">{escape(above)}</text>')
             y += 20
         rows.append(f'<circle cx="38" cy="{y + 10}" r="18" fill="{COLORS[who]}"/>')
         if who == "Guppy":

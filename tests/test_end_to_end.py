@@ -60,6 +60,8 @@ async def test_a_message_on_each_platform_is_answered_by_the_trained_fish(
         on_telegram = (await telegram.heard(chat, within=30))[0]["text"]
         for reply in (on_discord, on_telegram):
             assert sounds_like_guppy(reply), reply
+        long = await discord.reply_to(await discord.say("are you hungry " * 100), within=30)
+        assert long.split("\n-# ")[1] in voice.variants("prompt_cut"), "it was too long for a fish's head"
         assert not telegram.violations
 
         for process in processes:
