@@ -5,6 +5,7 @@
     python -m benchmarks.load scale                   1, 2, 4, 8 workers with an imagined device: replies a second
     python -m benchmarks.load overhead                one question at a time, an engine that takes no time
     python -m benchmarks.load redis                   questions a second that one Redis carries, and what each costs it
+    python -m benchmarks.load memory                  what Redis holds of an open question and for the limits
 
 `--simulated` replaces the model with its time (tests/standins/engine.py), so that everything around it is measured.
 """
@@ -33,7 +34,7 @@ from bot.limits import Limiter, RedisLimiter, Verdict
 from bot.link import Link
 from bot.queue import QueuedFish
 from bot.settings import Settings
-from tests.standins.processes import Process, awake
+from tests.standins.processes import Process, awake, until
 from tests.standins.redis_server import RedisServer
 
 
@@ -287,6 +288,44 @@ async def _driving(settings: Settings, seconds: float) -> float:
     return rate
 
 
+async def memory(arguments: argparse.Namespace) -> None:
+    """Each question by another person; what the limits keep of it without the queue, then the queue without limits."""
+    with service(0, None) as (redis, _), redis.client() as client:
+        settings = settings_for(redis, queue_cap=arguments.questions)
+        limits = RedisLimiter(settings, "discord", settings.discord_token)
+
+        def show(what: str, empty: int) -> None:
+            used = (client.info("memory")["used_memory"] - empty) / arguments.questions
+            print(f"{what:44} {used:4.0f} bytes", flush=True)
+
+        async def turn(n: int) -> None:
+            async with limits.turn(f"person {n}", next(_messages)):
+                await answered.wait()
+
+        answered = asyncio.Event()
+        empty = client.info("memory")["used_memory"]
+        turns = [asyncio.create_task(turn(n)) for n in range(arguments.questions)]
+        await until(lambda: client.dbsize() == 3 * arguments.questions)
+        show("the limits, of a message that is open", empty)
+        answered.set()
+        await asyncio.gather(*turns)
+        show("the limits, of one that is answered", empty)
+        await asyncio.sleep(60 / settings.person_per_minute + 3)
+        show("the limits, when its person may ask again", empty)
+        await limits.aclose()
+        client.flushall()
+        async with QueuedFish(settings) as fish:
+            empty = client.info("memory")["used_memory"]
+            asking = [
+                asyncio.create_task(fish.ask("hi guppy, what are you doing today")) for _ in range(arguments.questions)
+            ]
+            await until(lambda: client.xlen(queue.REQUESTS) == arguments.questions)
+            show("the queue, of a question that is open", empty)
+            for task in asking:
+                task.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
     commands = parser.add_subparsers(required=True)
@@ -312,6 +351,7 @@ def main() -> None:
     alone = command("redis", redis_alone)
     alone.add_argument("--seconds", type=float, default=10.0)
     alone.add_argument("--clients", type=int, default=2, help="processes that keep Redis busy")
+    command("memory", memory).add_argument("--questions", type=int, default=5000)
     arguments = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(30))  # measured is the service, not print
     asyncio.run(arguments.run(arguments))
