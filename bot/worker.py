@@ -7,6 +7,7 @@ questions without progress for too long it ends itself: a hung thread doesn't co
 """
 
 import asyncio
+import contextlib
 import time
 from typing import Protocol
 
@@ -130,10 +131,9 @@ class _Worker:
 
     async def _tend(self) -> None:
         claim = 0 if self._stopping else self._free()
-        try:
+        # The link says that Redis is away; what is in hand is answered or taken over when it is back.
+        with contextlib.suppress(Away):
             self._start(await self._intake.tend(list(self._in_hand.values()), claim))
-        except Away:
-            pass  # the link says so; what is in hand is answered or taken over when Redis is back
 
     def _free(self) -> int:
         return max(0, self._most - len(self._in_hand))
