@@ -7,38 +7,50 @@ How a reply comes to be, top to bottom in this file:
     sampling  from the last logits to the next token: first the thought (greedily), then the words (by chance)
 
 Replies join and leave between steps (continuous batching): a short one never waits for a long one, and a newcomer
-never waits for a batch to end. A thread of the engine's own does the arithmetic; `ask` and `stream` are for asyncio.
+never waits for a batch to end. Threads of the engine's own do the arithmetic; `ask` and `stream` are for asyncio.
 
-Everything random about a reply comes from its own seed, so it does not depend on what else is in the batch.
+Everything random about a reply comes from its own seed, and its numbers do not depend on what else is in the batch,
+to the last bit: in fp32 no product has fewer than 16 rows (smaller ones are summed in another order), on a GPU every
+step has the same shape, and in int8 (guppylm.native, the fastest on a CPU) sums have no rounding.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import os
 import random
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, Protocol, cast, get_args
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from guppylm import checkpoint
+from guppylm import checkpoint, native
 from guppylm.conversation import IM_END, ChatFormat, Prompt
 from guppylm.model import Block, GuppyLM
 
 log = logging.getLogger(__name__)
 
-# Newcomers' prompts are read at most this many tokens at a time, so that those already speaking go on.
-PREFILL_TOKENS = 160
+Precision = Literal["auto", "fp32", "bf16", "int8"]
+
+# Products of fewer rows are summed in another order, so a lone reply would differ in its last bits from one in company.
+LEAST_ROWS = 16
+BLOCK = 32
 # What is said when a model has no words at all (an untrained one: a trained fish always finds some).
 SPEECHLESS = "blub."
+# A logit that no other reaches. (Not -inf: native code is faster where nothing is infinite.)
+NEVER = -1e30
+# States of a reply: rows of Engine._masks. From _TOPIC on it still thinks; the intents of each topic follow.
+_FIRST_WORD, _NEXT_WORD, _TOPIC = 0, 1, 2
 
 
 class EngineBusy(Exception):
@@ -52,7 +64,7 @@ class Sampling:
     temperature: 0 always takes the likeliest token; 1 follows the model's own probabilities.
     top_k: only the k likeliest tokens; 0 for all.
     top_p: only the likeliest tokens that together reach this probability; 1 for all.
-    min_p: only tokens at least this probable relative to the likeliest; 0 for all.
+    min_p: only tokens at least this probable relative to the likeliest; 0 for all. top_p counts what these two leave.
     max_new_tokens: a reply ends after this many tokens at the latest; None for what the window holds.
     """
 
@@ -130,19 +142,14 @@ class Cache:
 
     def move(self, source: int, target: int) -> None:
         """Move a reply to another slot."""
-        end = int(self.length[source])
-        self.keys[:, target, :, :end] = self.keys[:, source, :, :end]
-        self.values[:, target, :, :end] = self.values[:, source, :, :end]
-        self.length[target] = end
+        self.keys[:, target] = self.keys[:, source]
+        self.values[:, target] = self.values[:, source]
+        self.length[target] = self.length[source]
 
 
-def prefill(model: GuppyLM, cache: Cache, first_slot: int, prompts: list[list[int]]) -> Tensor:
-    """Read whole prompts into the slots from `first_slot` on. Returns the logits after each, (len(prompts), V)."""
-    device = model.tok_emb.weight.device
-    lengths = torch.tensor([len(ids) for ids in prompts], device=device)
-    T = max(len(ids) for ids in prompts)
-    ids = torch.tensor([[*ids, *[0] * (T - len(ids))] for ids in prompts], device=device)
-    slots = slice(first_slot, first_slot + len(prompts))
+def prefill(model: GuppyLM, cache: Cache, slots: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
+    """Read whole prompts, `ids` (n, T) of `lengths` (n,), into `slots` (n,). Returns the logits after each, (n, V)."""
+    T = ids.shape[1]
     # Padding stands behind the prompt, where no real position looks; the next token overwrites it in the cache.
     x = model.tok_emb(ids) + model.pos_emb.weight[:T]
     for layer, block in enumerate(cast(Iterable[Block], model.blocks)):
@@ -152,17 +159,18 @@ def prefill(model: GuppyLM, cache: Cache, first_slot: int, prompts: list[list[in
         x = x + block.attn.out(heard.transpose(1, 2).flatten(2))
         x = x + block.ffn(block.norm2(x))
     cache.length[slots] = lengths
-    last = x[torch.arange(len(prompts), device=device), lengths - 1]
+    last = x.gather(1, (lengths - 1)[:, None, None].expand(-1, 1, x.shape[-1]))[:, 0]
+    last = F.pad(last, (0, 0, 0, max(0, LEAST_ROWS - len(last))))
     logits: Tensor = model.lm_head(model.norm(last))
-    return logits
+    return logits[: len(lengths)]
 
 
-def decode(model: GuppyLM, cache: Cache, ids: Tensor) -> Tensor:
-    """One step: `ids` (n,) are the newest tokens of slots 0 to n-1. Returns the logits for the next ones, (n, V)."""
-    n = len(ids)
-    positions = cache.length[:n]
+def decode(model: GuppyLM, cache: Cache, ids: Tensor, longest: int) -> Tensor:
+    """One step: `ids` (n,) are the newest tokens of slots 0 to n-1, whose replies are then at most `longest` tokens
+    long. Returns the logits for the next ones, (n, V)."""
+    n, T = len(ids), longest
+    positions = cache.length[:n].clamp(max=T - 1)  # a slot that nobody has may stand anywhere
     rows = torch.arange(n, device=ids.device)
-    T = int(positions.max()) + 1
     unseen = torch.arange(T, device=ids.device) > positions[:, None]  # (n, T)
     bias = torch.zeros(n, 1, 1, T, dtype=model.tok_emb.weight.dtype, device=ids.device)
     bias.masked_fill_(unseen[:, None, None], float("-inf"))
@@ -186,57 +194,209 @@ def _split(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def choose(logits: Tensor, settings: list[Sampling], draws: list[float]) -> list[int]:
-    """The next token of each row of `logits` (n, V); `draws` are its random numbers in [0, 1).
+class Mind(Protocol):
+    """What reads, and remembers for the replies in its slots. `at_once`: tokens of prompts it reads between two steps
+    without keeping those who speak waiting."""
 
-    The tokens stand in a row from likeliest to least likely, each as wide as its probability; the draw points at one.
+    at_once: int
+
+    def prefill(self, first_slot: int, prompts: list[list[int]]) -> Tensor:
+        """Read whole prompts into the slots from `first_slot` on. Returns the logits after each, (len(prompts), V)."""
+
+    def decode(self, ids: list[int]) -> Tensor:
+        """One step: `ids` are the newest tokens of slots 0 to n-1. Returns the logits for the next ones, (n, V)."""
+
+    def move(self, source: int, target: int) -> None:
+        """Move a reply to another slot."""
+
+    def likeliest(self, logits: Tensor, mask: Tensor, rows: list[int], k: int, floor: Tensor) -> tuple[Tensor, Tensor]:
+        """The k likeliest tokens of each row of `logits` + `mask`[rows], in falling order: (logits, tokens). Those
+        that lie more than `floor` (n,) below the first may be NEVER."""
+
+
+class TorchMind:
+    """`prefill` and `decode` above, in the model's own precision, on any device."""
+
+    at_once = 160
+
+    def __init__(self, model: GuppyLM, slots: int) -> None:
+        self.model = model
+        self.device = model.tok_emb.weight.device
+        self.cache = Cache(model, max(slots, LEAST_ROWS))
+        self.lengths = [0] * slots  # what cache.length holds, without asking the device
+
+    def prefill(self, first_slot: int, prompts: list[list[int]]) -> Tensor:
+        lengths = [len(ids) for ids in prompts]
+        slots = list(range(first_slot, first_slot + len(prompts)))
+        self.lengths[first_slot : first_slot + len(prompts)] = lengths
+        T = self._whole_blocks(max(lengths))
+        ids = [[*ids, *[0] * (T - len(ids))] for ids in prompts]
+        return prefill(self.model, self.cache, *(torch.tensor(t, device=self.device) for t in (slots, ids, lengths)))
+
+    def decode(self, ids: list[int]) -> Tensor:
+        n = len(ids)
+        T = self._whole_blocks(max(self.lengths[:n]) + 1)
+        self.lengths[:n] = [length + 1 for length in self.lengths[:n]]
+        newest = torch.tensor([*ids, *[0] * (LEAST_ROWS - n)], device=self.device)
+        return decode(self.model, self.cache, newest, T)[:n]
+
+    def _whole_blocks(self, positions: int) -> int:
+        """So many positions that no sum over them ends in the middle of a block, where its order would change."""
+        return min(-(-positions // BLOCK) * BLOCK, self.model.config.max_position_embeddings)
+
+    def move(self, source: int, target: int) -> None:
+        self.cache.move(source, target)
+        self.lengths[target] = self.lengths[source]
+
+    def likeliest(self, logits: Tensor, mask: Tensor, rows: list[int], k: int, floor: Tensor) -> tuple[Tensor, Tensor]:
+        # In double precision there is room to put equals, which are common in bf16, in the order of their ids: else
+        # topk would put them in an order that changes with k.
+        exact = torch.float32 if self.device.type == "mps" else torch.float64
+        ids = torch.arange(logits.shape[-1], device=self.device, dtype=exact)
+        ranked = logits.to(exact) + mask[torch.tensor(rows, device=self.device)] - ids * 2**-40
+        values, tokens = ranked.topk(min(k, logits.shape[-1]), dim=-1)
+        return values.float(), tokens
+
+
+class CudaMind(TorchMind):
+    """The same on a GPU. Both calls are recorded once, as CUDA graphs, and replayed: one launch instead of a hundred,
+    always of one shape. (So small a model takes a GPU no longer for all slots than for one.)"""
+
+    PROMPTS = 16  # read at a time
+    at_once = 2048
+
+    def __init__(self, model: GuppyLM, slots: int) -> None:
+        super().__init__(model, slots)
+        self.window = model.config.max_position_embeddings
+        # A prompt fewer than PROMPTS is read into a slot that nobody has.
+        self.nobody = max(slots, LEAST_ROWS)
+        self.cache = Cache(model, self.nobody + 1)
+        self._newest = torch.zeros(self.nobody, dtype=torch.long, device=self.device)
+        self._slots = torch.full((self.PROMPTS,), self.nobody, device=self.device)
+        self._ids = torch.zeros(self.PROMPTS, self.window, dtype=torch.long, device=self.device)
+        self._lengths = torch.ones(self.PROMPTS, dtype=torch.long, device=self.device)
+        self._decode = _record(lambda: decode(model, self.cache, self._newest, self.window))
+        self._prefill = _record(lambda: prefill(model, self.cache, self._slots, self._ids, self._lengths))
+
+    def prefill(self, first_slot: int, prompts: list[list[int]]) -> Tensor:
+        lengths = [len(ids) for ids in prompts]
+        self.lengths[first_slot : first_slot + len(prompts)] = lengths
+        logits = []
+        for begin in range(0, len(prompts), self.PROMPTS):
+            some = prompts[begin : begin + self.PROMPTS]
+            spare = self.PROMPTS - len(some)
+            first = first_slot + begin
+            self._slots.copy_(torch.tensor([*range(first, first + len(some)), *[self.nobody] * spare]))
+            self._ids.copy_(torch.tensor([*([*ids, *[0] * (self.window - len(ids))] for ids in some),
+                                          *[[0] * self.window] * spare]))  # fmt: skip
+            self._lengths.copy_(torch.tensor([*lengths[begin : begin + self.PROMPTS], *[1] * spare]))
+            logits.append(self._prefill()[: len(some)].clone())
+        return torch.cat(logits)
+
+    def decode(self, ids: list[int]) -> Tensor:
+        n = len(ids)
+        self.lengths[:n] = [length + 1 for length in self.lengths[:n]]
+        self._newest[:n].copy_(torch.tensor(ids))
+        return self._decode()[:n]
+
+
+def _record(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The same call as a CUDA graph: its kernels as they are launched now, on the same memory each time."""
+    with torch.inference_mode():
+        warming = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        warming.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(warming):
+            call()  # what is set up at the first call must not be recorded
+        torch.cuda.current_stream().wait_stream(warming)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            result = call()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return result
+
+    return replay
+
+
+Likeliest = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+
+
+def choose(likeliest: Likeliest, settings: list[Sampling], draws: list[float], device: torch.device) -> list[int]:
+    """The next token of each row; `draws` are its random numbers in [0, 1). `likeliest` gives the k likeliest tokens of
+    each row, as Mind.likeliest does.
+
+    They stand in a row from likeliest to least likely, each as wide as its probability; the draw points at one.
     """
-    if all(s.temperature == 0 for s in settings):
-        greedy: list[int] = logits.argmax(-1).tolist()
-        return greedy
-    V = logits.shape[-1]
-    # A k of 0 is all of them; greedily, only the first counts.
-    ks = [1 if s.temperature == 0 else min(s.top_k or V, V) for s in settings]
-    device = logits.device
-    values, tokens = logits.float().topk(max(ks), dim=-1)  # sorted
-    temperature = torch.tensor([max(s.temperature, 1e-6) for s in settings], device=device)
-    top_k = torch.tensor(ks, device=device)
-    top_p = torch.tensor([s.top_p for s in settings], device=device)
-    min_p = torch.tensor([s.min_p for s in settings], device=device)
+    # A k of 0 is all of them (or as many as a token id can name); greedily, only the first counts.
+    ks = [1 if s.temperature == 0 else s.top_k or ALL for s in settings]
+    numbers = torch.tensor(
+        [
+            (max(s.temperature, 1e-6), min(k, ALL), s.top_p, s.min_p, _floor(s), draw)
+            for s, k, draw in zip(settings, ks, draws, strict=True)
+        ]
+    )
+    temperature, top_k, top_p, min_p, floor, draw = numbers.to(device).T[:, :, None]
+    values, tokens = likeliest(min(max(ks), ALL), floor[:, 0])
+    p = ((values - values[:, :1]) / temperature).exp()  # the likeliest is 1 wide
     rank = torch.arange(values.shape[-1], device=device)
-    p = ((values - values[:, :1]) / temperature[:, None]).softmax(-1)
-    p = p * (rank < top_k[:, None])
-    before = p.cumsum(-1) - p  # the probability of all likelier tokens
-    p = p * (before < top_p[:, None] * p.sum(-1, keepdim=True)) * (p >= min_p[:, None] * p[:, :1])
+    p = p * (rank < top_k) * (p >= min_p)
+    # Running sums, and nothing else: they do not change with how many tokens the company asks for.
     ends = p.cumsum(-1)
-    pointed = torch.tensor(draws, device=device)[:, None] * ends[:, -1:]
-    index = (ends <= pointed).sum(-1).clamp(max=values.shape[-1] - 1)
+    p = p * (ends - p < top_p * ends[:, -1:])
+    ends = p.cumsum(-1)
+    index = (ends <= draw * ends[:, -1:]).sum(-1)
     # Rounding may point behind the last allowed token.
     index = torch.minimum(index, (p > 0).sum(-1) - 1)
     chosen: list[int] = tokens.gather(1, index[:, None])[:, 0].tolist()
     return chosen
 
 
+ALL = 2**20  # tokens: more than a vocabulary has, and float32 still counts them
+
+
+def _floor(sampling: Sampling) -> float:
+    """How far below the likeliest a logit may lie without falling under min_p; a little more, for rounding."""
+    if sampling.min_p == 0:
+        return -NEVER
+    return -max(sampling.temperature, 1e-6) * math.log(sampling.min_p) + 1e-3
+
+
+def share(number: int, among: int) -> list[int]:
+    """`number` dealt out as evenly as can be, nothing to nobody: share(5, 2) is [3, 2], share(1, 2) is [1]."""
+    among = min(number, among)
+    return [number // among + (index < number % among) for index in range(among)]
+
+
+def best_precision(model: GuppyLM, device: torch.device) -> tuple[Precision, str]:
+    """What the benchmark shows to be the fastest here (benchmarks/README.md), and why."""
+    if device.type == "cuda":
+        return "bf16", "the fastest on a GPU"
+    if device.type != "cpu":
+        return "fp32", "works everywhere"
+    try:
+        if native.has_tiles():
+            return "int8", "this processor multiplies blocks of int8 (AMX)"
+        return "fp32", "this processor has no AMX"
+    except native.Unavailable as error:
+        return "fp32", f"no int8: {error}"
+
+
 class Engine:
-    """A fish that is ready to talk. Make one with `Engine.load`; `await engine.aclose()` when done.
+    """A fish that is ready to talk. Make one with `Engine.load`; `await engine.aclose()` when done."""
 
-    max_batch: how many replies are under way at once. max_waiting: how many more may wait; beyond, EngineBusy.
-    """
-
-    def __init__(self, model: GuppyLM, chat: ChatFormat, *, max_batch: int = 32, max_waiting: int = 256) -> None:
-        if max_batch < 1 or max_waiting < 0:
-            raise ValueError("max_batch must be at least 1 and max_waiting at least 0.")
+    def __init__(self, model: GuppyLM, chat: ChatFormat, minds: list[Mind], max_batch: int, max_waiting: int) -> None:
+        """minds: who reads, each in a thread of its own, with as many slots as `share` gives it of `max_batch`."""
         self.model, self.chat = model, chat
         self.max_batch, self.max_waiting = max_batch, max_waiting
-        self.steps = 0
-        self._cache = Cache(model, max_batch)
         self._masks = self._make_masks()
         self._waiting: deque[_Request] = deque()
-        self._running: list[_Request] = []
         self._wake = threading.Condition()
         self._closing = False
-        self._thread = threading.Thread(target=self._work, name="guppy-engine", daemon=True)
-        self._thread.start()
+        shares = share(max_batch, len(minds))
+        self._voices = [_Voice(self, mind, slots) for mind, slots in zip(minds, shares, strict=True)]
+        for voice in self._voices:
+            voice.thread.start()
 
     @classmethod
     def load(
@@ -244,13 +404,34 @@ class Engine:
         model: str | Path = checkpoint.DEFAULT_MODEL,
         *,
         device: str = "auto",
-        precision: Literal["auto", "fp32", "bf16"] = "auto",
+        precision: Precision = "auto",
         max_batch: int = 32,
         max_waiting: int = 256,
     ) -> Engine:
         """Load a model folder by name or path. Raises checkpoint.ModelError, and ValueError for a device or precision
-        that this machine does not have."""
-        loaded = checkpoint.load(model)
+        that this machine does not have.
+
+        max_batch: how many replies are under way at once. max_waiting: how many more may wait; beyond, EngineBusy.
+        """
+        return cls.of(
+            checkpoint.load(model), device=device, precision=precision, max_batch=max_batch, max_waiting=max_waiting
+        )
+
+    @classmethod
+    def of(
+        cls,
+        loaded: checkpoint.Checkpoint,
+        *,
+        device: str = "auto",
+        precision: Precision = "auto",
+        max_batch: int = 32,
+        max_waiting: int = 256,
+    ) -> Engine:
+        """As `load`, of a model that is loaded already; it is the engine's from now on."""
+        if max_batch < 1 or max_waiting < 0:
+            raise ValueError("max_batch must be at least 1 and max_waiting at least 0.")
+        if precision not in get_args(Precision):
+            raise ValueError(f"precision is '{precision}'; choose {', '.join(get_args(Precision))}.")
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         try:
@@ -258,19 +439,31 @@ class Engine:
             torch.zeros(1, device=target).item()
         except (RuntimeError, AssertionError):
             raise ValueError(f"There is no device '{device}' here; use 'cpu' or 'auto'.") from None
-        if precision not in ("auto", "fp32", "bf16"):
-            raise ValueError(f"precision is '{precision}'; choose auto, fp32 or bf16.")
+        reason = "as asked"
         if precision == "auto":
-            precision = "bf16" if target.type == "cuda" else "fp32"
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-        fish = loaded.model.to(device=target, dtype=dtype)
-        log.info("engine ready: %s on %s in %s", loaded.path.name, target, precision)
-        return cls(fish, loaded.format, max_batch=max_batch, max_waiting=max_waiting)
+            precision, reason = best_precision(loaded.model, target)
+        minds: list[Mind]
+        if precision == "int8":
+            if target.type != "cpu":
+                raise ValueError(f"int8 is for the CPU; on '{device}' use bf16 or fp32.")
+            try:
+                fish = native.NativeModel(loaded.model)
+            except native.Unavailable as error:
+                raise ValueError(f"int8 does not work on this machine: {error}. Use auto, fp32 or bf16.") from None
+            # A core each: two cores at two things at once get more done than two that wait for each other.
+            minds = [native.NativeMind(fish, slots) for slots in share(max_batch, os.cpu_count() or 1)]
+        else:
+            fish_of_torch = loaded.model.to(
+                device=target, dtype=torch.bfloat16 if precision == "bf16" else torch.float32
+            )
+            minds = [(CudaMind if target.type == "cuda" else TorchMind)(fish_of_torch, max_batch)]
+        log.info("engine ready: %s on %s in %s (%s)", loaded.path.name, target, precision, reason)
+        return cls(loaded.model, loaded.format, minds, max_batch, max_waiting)
 
     # -- what may come next -------------------------------------------------------------------------------
 
     def _make_masks(self) -> Tensor:
-        """One row of 0 and -inf for each state a reply can be in; see _after."""
+        """One row of 0 and NEVER for each state a reply can be in; see _after."""
         chat, V = self.chat, self.model.config.vocab_size
         decodable = chat.tokenizer.get_vocab(with_added_tokens=False).values()
         added = set(chat.tokenizer.get_added_tokens_decoder())
@@ -281,13 +474,11 @@ class Engine:
             list(chat.topics),
             *(list(intents) for intents in chat.intents.values()),
         ]
-        masks = torch.full((len(states), V), float("-inf"))
+        masks = torch.full((len(states), V), NEVER)
         for row, allowed in zip(masks, states, strict=True):
             row[torch.tensor(allowed, dtype=torch.long)] = 0.0
         self._intent_mask = {topic: 3 + index for index, topic in enumerate(chat.intents)}
         return masks.to(self.model.tok_emb.weight.device)
-
-    _FIRST_WORD, _NEXT_WORD, _TOPIC = 0, 1, 2
 
     # -- asking -------------------------------------------------------------------------------------------
 
@@ -325,11 +516,11 @@ class Engine:
         room = self.chat.window - len(request.prompt.ids)
         thought = 2 if self.chat.thoughts else 0
         request.limit = min(room, thought + (sampling.max_new_tokens or room))
-        request.mask = self._TOPIC if self.chat.thoughts else self._FIRST_WORD
+        request.mask = _TOPIC if self.chat.thoughts else _FIRST_WORD
         with self._wake:
             if self._closing:
                 raise RuntimeError("The engine is closed.")
-            if len(self._waiting) >= self.max_waiting + max(0, self.max_batch - len(self._running)):
+            if len(self._waiting) >= self.max_waiting + max(0, self.max_batch - self.running):
                 raise EngineBusy(f"{len(self._waiting)} requests are waiting already.")
             self._waiting.append(request)
             self._wake.notify()
@@ -345,80 +536,94 @@ class Engine:
     @property
     def running(self) -> int:
         """How many replies are under way."""
-        return len(self._running)
+        return sum(len(voice.running) for voice in self._voices)
 
     @property
     def waiting(self) -> int:
         """How many prompts wait for a slot."""
         return len(self._waiting)
 
+    @property
+    def steps(self) -> int:
+        """How often anything was read since the start: whoever watches sees whether the engine goes on."""
+        return sum(voice.steps for voice in self._voices)
+
     async def aclose(self) -> None:
-        """Finish what is under way and end the engine's thread."""
+        """Finish what is under way and end the engine's threads."""
         with self._wake:
             self._closing = True
-            self._wake.notify()
-        await asyncio.to_thread(self._thread.join)
+            self._wake.notify_all()
+        for voice in self._voices:
+            await asyncio.to_thread(voice.thread.join)
 
-    # -- the engine's thread ------------------------------------------------------------------------------
+    # -- between the threads ------------------------------------------------------------------------------
+
+    def _next(self, voice: _Voice) -> list[_Request]:
+        """Newcomers for free slots of `voice`: its share of all there are, a bounded number of tokens. Waits if there
+        is nothing to do."""
+        newcomers: list[_Request] = []
+        with self._wake:
+            while not (self._waiting or voice.running or self._closing):
+                self._wake.wait()
+            fair = -(-(self.running + len(self._waiting)) // len(self._voices))
+            room = min(fair, voice.slots) - len(voice.running)
+            tokens = 0
+            while self._waiting and len(newcomers) < room:
+                tokens += len(self._waiting[0].prompt.ids)
+                if newcomers and tokens > voice.mind.at_once:
+                    break
+                newcomers.append(self._waiting.popleft())
+            voice.running += newcomers
+        return newcomers
+
+
+class _Voice:
+    """A thread that speaks: a mind and the replies in its slots."""
+
+    def __init__(self, engine: Engine, mind: Mind, slots: int) -> None:
+        self.engine, self.mind, self.slots = engine, mind, slots
+        self.chat = engine.chat
+        self.steps = 0
+        self.running: list[_Request] = []  # by slot
+        self.thread = threading.Thread(target=self._work, name="guppy-engine", daemon=True)
 
     def _work(self) -> None:
         with torch.inference_mode():
             while True:
-                with self._wake:
-                    while not (self._waiting or self._running or self._closing):
-                        self._wake.wait()
-                    if self._closing and not self._waiting and not self._running:
+                self._drop_cancelled()
+                newcomers = self.engine._next(self)
+                if not self.running:
+                    if self.engine._closing:
                         return
+                    continue
                 try:
-                    self._drop_cancelled()
-                    self._admit()
-                    if self._running:
-                        self._step()
+                    if newcomers:
+                        first_slot = len(self.running) - len(newcomers)
+                        self._advance(self.mind.prefill(first_slot, [n.prompt.ids for n in newcomers]), first_slot)
+                    if self.running:
+                        self._advance(self.mind.decode([request.ids[-1] for request in self.running]), 0)
                 except Exception as error:  # whoever waits must hear of it; the next request starts afresh
                     log.exception("the engine stumbled")
-                    for request in self._running:
+                    for request in self.running:
                         _fail(request, error)
-                    self._running.clear()
+                    self.running.clear()
 
     def _drop_cancelled(self) -> None:
-        for slot in reversed(range(len(self._running))):
-            if self._running[slot].cancelled:
+        for slot in reversed(range(len(self.running))):
+            if self.running[slot].cancelled:
                 self._leave(slot)
-
-    def _admit(self) -> None:
-        """Read the prompts of newcomers into free slots, a bounded number of tokens a step."""
-        newcomers: list[_Request] = []
-        budget = PREFILL_TOKENS
-        with self._wake:
-            while self._waiting and len(self._running) + len(newcomers) < self.max_batch:
-                request = self._waiting[0]
-                budget -= len(request.prompt.ids)
-                if newcomers and budget < 0:
-                    break
-                newcomers.append(self._waiting.popleft())
-        if not newcomers:
-            return
-        first_slot = len(self._running)
-        self._running += newcomers
-        logits = prefill(self.model, self._cache, first_slot, [request.prompt.ids for request in newcomers])
-        self._advance(logits, first_slot)
-
-    def _step(self) -> None:
-        """One token for every reply under way."""
-        newest = torch.tensor([request.ids[-1] for request in self._running], device=self._masks.device)
-        self._advance(decode(self.model, self._cache, newest), 0)
 
     def _advance(self, logits: Tensor, first_slot: int) -> None:
         """Choose the next token of the replies from `first_slot` on, and let those leave that have ended."""
-        requests = self._running[first_slot:]
-        masks = torch.tensor([request.mask for request in requests], device=logits.device)
-        thinking = [request.mask >= self._TOPIC for request in requests]
-        settings = [_GREEDY if thinks else r.sampling for r, thinks in zip(requests, thinking, strict=True)]
+        requests = self.running[first_slot:]
+        masks = [request.mask for request in requests]
+        settings = [_GREEDY if request.mask >= _TOPIC else request.sampling for request in requests]
         draws = [0.0 if s.temperature == 0 else r.rng.random() for r, s in zip(requests, settings, strict=True)]
-        tokens = choose(logits.float() + self._masks[masks], settings, draws)
+        likeliest = partial(self.mind.likeliest, logits, self.engine._masks, masks)
+        tokens = choose(likeliest, settings, draws, logits.device)
         self.steps += 1
         for slot in reversed(range(first_slot, first_slot + len(requests))):
-            request = self._running[slot]
+            request = self.running[slot]
             try:
                 completion = self._completion(request) if self._take(request, tokens[slot - first_slot]) else None
             except Exception as error:  # the trouble of one (a reader gone in the middle of a stream), not of all
@@ -434,23 +639,23 @@ class Engine:
         if token == IM_END:
             return True
         request.ids.append(token)
-        if request.mask == self._TOPIC:
-            request.topic, request.mask = token, self._intent_mask[token]
-        elif request.mask > self._TOPIC:
-            request.intent, request.mask = token, self._FIRST_WORD
+        if request.mask == _TOPIC:
+            request.topic, request.mask = token, self.engine._intent_mask[token]
+        elif request.mask > _TOPIC:
+            request.intent, request.mask = token, _FIRST_WORD
         else:
-            request.mask = self._NEXT_WORD
+            request.mask = _NEXT_WORD
             if request.on_token:  # else it is decoded once, at the end
                 self._show(request, self._text(request))
         return len(request.ids) >= request.limit
 
     def _leave(self, slot: int) -> None:
         """Free a slot; the last reply moves into it."""
-        last = len(self._running) - 1
+        last = len(self.running) - 1
         if slot != last:
-            self._cache.move(last, slot)
-            self._running[slot] = self._running[last]
-        self._running.pop()
+            self.mind.move(last, slot)
+            self.running[slot] = self.running[last]
+        self.running.pop()
 
     def _text(self, request: _Request) -> str:
         """The words so far. An unfinished character or a space at the end waits for what comes next."""

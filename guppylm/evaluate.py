@@ -156,7 +156,7 @@ async def evaluate(
     page: dict[str, Any] = {"model": loaded.path.name, "parameters": loaded.model.parameter_count()}
     page["loss on held-out wordings"] = losses(loaded.model, loaded.format, held_out[:1000])
 
-    engine = Engine(loaded.model, loaded.format)
+    engine = Engine.of(loaded)
     try:
         completions = await _ask_all(engine, [p.prompt for p in prompts], sampling, seed)
         often = {p: await _ask_all(engine, [p] * 50, sampling, seed) for p in ASKED_OFTEN}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import copy
 import random
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +18,36 @@ import pytest
 import torch
 from torch import Tensor
 
-from guppylm import checkpoint, engine
+from guppylm import checkpoint, engine, native
 from guppylm.conversation import IM_END
-from guppylm.engine import Cache, Engine, EngineBusy, Sampling, choose, decode, prefill
+from guppylm.engine import NEVER, CudaMind, Engine, EngineBusy, Mind, Sampling, TorchMind, choose, decode
 from guppylm.model import GuppyLM, ModelConfig
 
 PROMPTS = ["are you hungry", "hi", "my aunt bought an apple and a kiwi", "", "🐟🐟", "do you want food " * 40]
 WILD = Sampling(temperature=3.0, top_k=0, min_p=0.0)  # every token has a chance
+
+
+# Every way there is to run a model, where this machine has it.
+PLACES: Any = [
+    pytest.param(("cpu", "fp32"), id="cpu-fp32"),
+    pytest.param(("cpu", "bf16"), id="cpu-bf16"),
+    pytest.param(("cpu", "int8"), id="cpu-int8"),
+    pytest.param(("cuda", "fp32"), id="cuda-fp32"),
+    pytest.param(("cuda", "bf16"), id="cuda-bf16"),
+]
+
+
+def engine_at(place: tuple[str, Any], model: Path | str, **given: Any) -> Engine:
+    """An engine at one of PLACES; skips the test where this machine doesn't have it."""
+    device, precision = place
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU here")
+    if precision == "int8":
+        try:
+            native.library()
+        except native.Unavailable as reason:
+            pytest.skip(str(reason))
+    return Engine.load(model, device=device, precision=precision, **given)
 
 
 @pytest.fixture
@@ -57,42 +83,92 @@ async def speaking(fish: Engine, replies: int = 1) -> None:
         await asyncio.sleep(0.001)
 
 
+def minds(model: GuppyLM, slots: int) -> dict[str, tuple[Mind, float]]:
+    """Every mind of this machine, and how far its logits may lie from the model's own."""
+    found: dict[str, tuple[Mind, float]] = {"cpu": (TorchMind(model, slots), 1e-4)}
+    with contextlib.suppress(native.Unavailable):
+        found["int8"] = native.NativeMind(native.NativeModel(model), slots), 0.5
+    if torch.cuda.is_available():
+        found["cuda"] = CudaMind(copy.deepcopy(model).cuda(), slots), 1e-4
+    return found
+
+
+@pytest.mark.parametrize("name", ["cpu", "int8", "cuda"])
 @pytest.mark.parametrize(("heads", "layers"), [(1, 1), (3, 5), (6, 2)])
-def test_cached_logits_are_the_models_own(heads: int, layers: int) -> None:
+@torch.inference_mode()
+def test_cached_logits_are_the_models_own(heads: int, layers: int, name: str) -> None:
     model = spoken_model(heads, layers)
+    if name not in (found := minds(model, 4)):
+        pytest.skip("not on this machine")
+    mind, tolerance = found[name]
     ids = torch.randint(0, 60, (3, 128), generator=torch.Generator().manual_seed(0))
     lengths = [1, 7, 40]  # rows that stand at different positions in one batch
     expected = model(ids)
-    cache = Cache(model, 4)
-    logits = prefill(model, cache, 0, [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)])
+
+    def same(logits: Tensor, as_expected: Tensor) -> None:
+        torch.testing.assert_close(logits.cpu(), as_expected, rtol=0, atol=tolerance)
+
+    logits = mind.prefill(0, [row[:length] for row, length in zip(ids.tolist(), lengths, strict=True)])
     at = torch.tensor(lengths)
     rows = torch.arange(3)
-    torch.testing.assert_close(logits, expected[rows, at - 1], rtol=0, atol=1e-4)
+    same(logits, expected[rows, at - 1])
     while at[-1] < 128:
-        logits = decode(model, cache, ids[rows, at])
-        torch.testing.assert_close(logits, expected[rows, at], rtol=0, atol=1e-4)
+        logits = mind.decode(ids[rows, at].tolist())
+        same(logits, expected[rows, at])
         at += 1
-    cache.move(0, 1)
+    mind.move(0, 1)
     for position in range(int(at[0]), 128):  # the first row goes on to the end of the window, in two slots
-        logits = decode(model, cache, ids[:1, position].expand(2))
-        torch.testing.assert_close(logits, expected[:1, position].expand(2, -1), rtol=0, atol=1e-4)
+        logits = mind.decode(ids[:1, position].expand(2).tolist())
+        same(logits, expected[:1, position].expand(2, -1))
 
 
-async def test_the_same_seed_gives_the_same_reply_in_any_company(fish: Engine) -> None:
-    asked = [(PROMPTS[i % len(PROMPTS)], i) for i in range(32)]
-    together = await asyncio.gather(*(fish.ask(prompt, WILD, seed=seed) for prompt, seed in asked))
-    alone = [await fish.ask(prompt, WILD, seed=seed) for prompt, seed in asked]
-    assert together == alone
-    assert len({completion.text for completion in alone}) > 20
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("model", ["small", checkpoint.DEFAULT_MODEL])
+async def test_the_same_seed_gives_the_same_reply_in_any_company(
+    small_fish: Path, model: str, place: tuple[str, str]
+) -> None:
+    fish = engine_at(place, small_fish if model == "small" else model, max_batch=32)
+    try:
+        # Company that asks for other settings, and of every size.
+        settings = [WILD, Sampling(), Sampling(temperature=1.5, top_p=0.9), Sampling(top_k=3)]
+        asked = [(PROMPTS[i % len(PROMPTS)], settings[i % 4], i) for i in range(32)]
+        together = await asyncio.gather(*(fish.ask(prompt, sampling, seed=seed) for prompt, sampling, seed in asked))
+        alone = [await fish.ask(prompt, sampling, seed=seed) for prompt, sampling, seed in asked[:12]]
+        assert together[:12] == alone
+        assert len({completion.text for completion in together}) > 16
+    finally:
+        await fish.aclose()
 
 
-async def test_replies_join_and_leave_between_tokens(fish: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", PLACES)
+def test_logits_are_the_same_to_the_last_bit_in_any_company(place: tuple[str, str]) -> None:
+    """Of the fish that ships: small ones would not show it."""
+    fish = engine_at(place, checkpoint.DEFAULT_MODEL, max_batch=32)
+    asyncio.run(fish.aclose())
+    mind = fish._voices[0].mind
+    most = fish._voices[0].slots
+    prompts = [fish.chat.encode_prompt(prompt).ids for prompt in PROMPTS]
+    prompts = [prompts[i % len(prompts)] for i in range(most)]
+    with torch.inference_mode():
+
+        def first_and_next(company: int) -> Tensor:
+            read = mind.prefill(0, prompts[:company])[0].clone()
+            said = [mind.decode([100 + step + i for i in range(company)])[0].clone() for step in range(3)]
+            return torch.stack([read, *said])
+
+        alone = first_and_next(1)
+        for company in (2, 3, 7, 15, 16, 17, most):
+            assert torch.equal(first_and_next(min(company, most)), alone), company
+
+
+async def test_replies_join_and_leave_between_tokens(small_fish: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def slow(*given: Any) -> Tensor:
         time.sleep(0.005)
         return decode(*given)
 
+    fish = Engine.load(small_fish, device="cpu", precision="fp32")
     monkeypatch.setattr(engine, "decode", slow)
-    fish._masks[:, IM_END] = float("-inf")  # nobody stops before he must
+    fish._masks[:, IM_END] = NEVER  # nobody stops before he must
     long = asyncio.create_task(fish.ask("hi", WILD))
     await speaking(fish)
     short = await fish.ask("hi", Sampling(max_new_tokens=1))
@@ -100,6 +176,7 @@ async def test_replies_join_and_leave_between_tokens(fish: Engine, monkeypatch: 
     assert not long.done()
     assert (await long).tokens > 100
     assert fish.running == fish.waiting == 0
+    await fish.aclose()
 
 
 async def test_a_cancelled_reply_frees_its_slot(small_fish: Path) -> None:
@@ -203,8 +280,10 @@ def test_a_reader_whose_loop_is_gone_hurts_nobody_else(small_fish: Path) -> None
 
 
 async def test_a_failure_reaches_who_asked_and_the_next_prompt_is_answered(
-    fish: Engine, monkeypatch: pytest.MonkeyPatch
+    small_fish: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    fish = Engine.load(small_fish, device="cpu", precision="fp32")
+
     def fail(*_: object) -> Tensor:
         raise RuntimeError("out of memory")
 
@@ -217,6 +296,7 @@ async def test_a_failure_reaches_who_asked_and_the_next_prompt_is_answered(
     monkeypatch.undo()
     assert (await fish.ask("hi")).text
     assert fish.running == 0
+    await fish.aclose()
 
 
 async def test_the_event_loop_is_never_blocked_for_long(fish: Engine) -> None:
@@ -267,11 +347,15 @@ def test_a_setting_of_sampling_that_cannot_be_is_named(values: dict[str, Any], c
         Sampling(**values)
 
 
-def share(sampling: Sampling, probabilities: list[float]) -> list[float]:
-    """How often each token is chosen, over a thousand evenly spread draws."""
-    logits = torch.tensor([probabilities]).log().expand(1000, -1)
-    chosen = choose(logits, [sampling] * 1000, [(i + 0.5) / 1000 for i in range(1000)])
-    return [round(chosen.count(token) / 1000, 2) for token in range(len(probabilities))]
+def chosen(mind: Mind, logits: Tensor, sampling: Sampling, draws: list[float]) -> list[int]:
+    n, V = logits.shape
+    likeliest = partial(mind.likeliest, logits.contiguous(), torch.zeros(1, V), [0] * n)
+    return choose(likeliest, [sampling] * n, draws, logits.device)
+
+
+def choosers(vocabulary: int) -> list[Mind]:
+    model = GuppyLM(ModelConfig(vocab_size=vocabulary, hidden_size=4, num_hidden_layers=1, num_attention_heads=1))
+    return [mind for name, (mind, _) in minds(model.eval().requires_grad_(False), 1).items() if name != "cuda"]
 
 
 @pytest.mark.parametrize(
@@ -289,14 +373,26 @@ def share(sampling: Sampling, probabilities: list[float]) -> list[float]:
     ],
 )
 def test_words_are_chosen_as_often_as_the_settings_say(sampling: dict[str, Any], expected: list[float]) -> None:
-    full = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, **sampling}
-    assert share(Sampling(**full), [0.1, 0.5, 0.1, 0.3]) == pytest.approx(expected, abs=0.011)
+    full = Sampling(**{"top_k": 0, "top_p": 1.0, "min_p": 0.0, **sampling})
+    logits = torch.tensor([[0.1, 0.5, 0.1, 0.3]]).log().expand(1000, -1)
+    for mind in choosers(4):
+        tokens = chosen(mind, logits, full, [(i + 0.5) / 1000 for i in range(1000)])
+        assert [tokens.count(token) / 1000 for token in range(4)] == pytest.approx(expected, abs=0.011)
+
+
+@torch.inference_mode()
+def test_every_mind_chooses_the_same_of_the_same_logits() -> None:
+    logits = torch.randn(40, 700, generator=torch.Generator().manual_seed(0)) * 3
+    for sampling in (Sampling(), Sampling(top_k=0), WILD, Sampling(top_k=64, min_p=0), Sampling(temperature=0)):
+        draws = [i / 40 for i in range(40)]
+        assert len({tuple(chosen(mind, logits, sampling, draws)) for mind in choosers(700)}) == 1
 
 
 @pytest.mark.parametrize("draw", [0.0, 0.5, 0.9999999999999999])
 def test_what_is_masked_is_never_chosen(draw: float) -> None:
-    logits = torch.tensor([[float("-inf"), 1.0, float("-inf"), 1.0]])
-    assert choose(logits, [Sampling(temperature=10, top_k=0, min_p=0)], [draw])[0] in (1, 3)
+    for mind in choosers(4):
+        logits = torch.tensor([[NEVER, 1.0, NEVER, 1.0]])
+        assert chosen(mind, logits, Sampling(temperature=10, top_k=0, min_p=0), [draw])[0] in (1, 3)
 
 
 @pytest.mark.parametrize("device", ["cuda:77", "submarine", "meta"])
@@ -308,15 +404,6 @@ def test_a_device_that_is_not_here_is_named(small_fish: Path, device: str) -> No
 def test_a_precision_that_is_none_is_named(small_fish: Path) -> None:
     with pytest.raises(ValueError, match="fp7"):
         Engine.load(small_fish, device="cpu", precision="fp7")  # type: ignore[arg-type]
-
-
-async def test_bf16_speaks_too(small_fish: Path) -> None:
-    fish = Engine.load(small_fish, device="cpu", precision="bf16")
-    try:
-        first, second = await asyncio.gather(*(fish.ask("are you hungry", seed=1) for _ in range(2)))
-        assert first.text == second.text
-    finally:
-        await fish.aclose()
 
 
 def test_starting_imports_no_compiler(small_fish: Path) -> None:

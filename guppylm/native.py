@@ -1,0 +1,260 @@
+"""The model in int8, by code for this very processor: the fastest way to run it on a CPU.
+
+`native.c` does the arithmetic, a hundred lines of plain loops; here it is compiled with the C compiler of this machine,
+once, and the weights are laid out for it. Where there is no compiler, guppylm.engine's fp32 and bf16 remain.
+
+A call computes without Python's lock, so two threads with a cache each keep two cores busy.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from guppylm.model import Block, GuppyLM
+
+SOURCE = Path(__file__).with_name("native.c")
+# What lets a compiler put sums in another order, and so use the processor's wide registers.
+FLAGS = [
+    "-O3", "-march=native", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
+    "-ffinite-math-only", "-fassociative-math",
+]  # fmt: skip
+# Limits of native.c's buffers.
+ROWS, WIDEST, LONGEST = 64, 4096, 1024
+# Above so many, sorting in one go is faster than inserting one by one.
+FEW = 64
+
+
+class Unavailable(Exception):
+    """There is no native code on this machine. The message says why."""
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = [
+        ("inputs", ctypes.c_int32),
+        ("outputs", ctypes.c_int32),
+        ("weight", ctypes.c_void_p),
+        ("scale", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+    ]
+
+
+class _Block(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("norm1_weight", "norm1_bias", "norm2_weight", "norm2_bias")),
+        *((name, _Linear) for name in ("qkv", "out", "up", "down")),
+    ]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int32) for name in ("layers", "heads", "width", "inner", "window", "slots")),
+        *((name, ctypes.c_void_p) for name in ("tokens", "positions", "norm_weight", "norm_bias")),
+        ("blocks", ctypes.c_void_p),
+        ("head", _Linear),
+        ("keys", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+    ]
+
+
+def _processor() -> str:
+    """What tells this processor from others, as far as compiled code is concerned."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return " ".join(sorted({line for line in lines if line.startswith(("model", "flags", "Features", "CPU part"))}))
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """The compiled code, from the cache if it is there. Raises Unavailable."""
+    key = hashlib.sha256(f"{FLAGS}{_processor()}{platform.platform()}".encode() + SOURCE.read_bytes()).hexdigest()[:16]
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "guppylm"
+    compiled = home / f"native-{key}.so"
+    if not compiled.is_file():
+        _compile(compiled)
+    try:
+        code = ctypes.CDLL(str(compiled))
+    except OSError as error:
+        raise Unavailable(f"{compiled} cannot be loaded: {error}") from None
+    code.guppy_read.restype = code.guppy_likeliest.restype = None
+    return code
+
+
+@cache
+def has_tiles() -> bool:
+    """Whether this processor multiplies blocks of int8 (AMX) and the system lets us. Raises Unavailable."""
+    return bool(library().guppy_begin())
+
+
+def _compile(target: Path) -> None:
+    compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        raise Unavailable("there is no C compiler here (cc)")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent) as folder:
+            made = Path(folder) / target.name
+            subprocess.run(
+                [compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"], check=True, capture_output=True, timeout=60
+            )
+            made.replace(target)
+    except subprocess.CalledProcessError as error:
+        reason = (error.stderr.decode(errors="replace").strip().splitlines() or ["no reason given"])[0]
+        raise Unavailable(f"the C compiler fails: {reason}") from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise Unavailable(f"the native code cannot be compiled: {error}") from None
+
+
+class NativeModel:
+    """The weights of a model in int8, laid out for native.c. Any number of caches share them."""
+
+    def __init__(self, model: GuppyLM) -> None:
+        """Raises Unavailable."""
+        config = model.config
+        widest = max(3 * config.hidden_size, config.intermediate_size, config.hidden_size)
+        if widest > WIDEST or config.max_position_embeddings > LONGEST:
+            raise Unavailable("this model is too large for the native code")
+        self.code = library()
+        has_tiles()  # also asks the system for them
+        self.config = config
+        self._kept: list[Any] = []  # what the C side points into
+        blocks = (_Block * config.num_hidden_layers)()
+        for target, block in zip(blocks, model.blocks, strict=True):
+            block = cast(Block, block)
+            for name in ("norm1", "norm2"):
+                norm = getattr(block, name)
+                setattr(target, f"{name}_weight", self._keep(norm.weight))
+                setattr(target, f"{name}_bias", self._keep(norm.bias))
+            target.qkv, target.out = self._linear(block.attn.qkv), self._linear(block.attn.out)
+            target.up, target.down = self._linear(block.ffn.up), self._linear(block.ffn.down)
+        self._kept.append(blocks)
+        self.shape = _Model(
+            layers=config.num_hidden_layers,
+            heads=config.num_attention_heads,
+            width=config.hidden_size,
+            inner=config.intermediate_size,
+            window=config.max_position_embeddings,
+            tokens=self._keep(model.tok_emb.weight),
+            positions=self._keep(model.pos_emb.weight),
+            norm_weight=self._keep(model.norm.weight),
+            norm_bias=self._keep(model.norm.bias),
+            blocks=ctypes.addressof(blocks),
+            head=self._linear(model.lm_head),
+        )
+
+    def _keep(self, tensor: Tensor) -> int:
+        """The address of a tensor, which from now on stays where it is."""
+        tensor = tensor.detach().contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+    def _linear(self, layer: nn.Linear) -> _Linear:
+        weight = layer.weight.detach().float()
+        outputs, inputs = weight.shape
+        scale = weight.abs().amax(1).clamp_min(1e-20) / 127
+        whole = torch.zeros(-(-outputs // 16) * 16, -(-inputs // 64) * 64, dtype=torch.int8)
+        whole[:outputs, :inputs] = (weight / scale[:, None]).round().to(torch.int8)
+        scales, bias = torch.zeros(len(whole)), torch.zeros(len(whole))
+        scales[:outputs] = scale
+        if layer.bias is not None:
+            bias[:outputs] = layer.bias.detach()
+        # (blocks of 16 outputs, blocks of 64 inputs, 16 fours of inputs, 16 outputs, 4 inputs)
+        laid_out = whole.view(len(whole) // 16, 16, whole.shape[1] // 64, 16, 4).permute(0, 2, 3, 1, 4)
+        return _Linear(whole.shape[1], len(whole), self._keep(laid_out), self._keep(scales), self._keep(bias))
+
+
+class NativeMind:
+    """Keys and values of `slots` replies, and the calls that read tokens into them: a guppylm.engine.Mind."""
+
+    at_once = 128
+
+    def __init__(self, model: NativeModel, slots: int) -> None:
+        config = model.config
+        self._model = model
+        self._vocabulary = config.vocab_size
+        heads, window = config.num_attention_heads, config.max_position_embeddings
+        channels = config.hidden_size // heads
+        size = (config.num_hidden_layers, slots, heads)
+        # numpy asks the system for large pages; with small ones, looking them up costs more than reading them.
+        self._keys = np.zeros((*size, -(-window // 16) * 16 * channels), dtype=np.uint16)
+        self._values = np.zeros((*size, -(-channels // 16) * 16 * window), dtype=np.uint16)
+        self._work = torch.empty(ROWS * (5 * config.hidden_size + config.intermediate_size))
+        self._shape = _Model.from_buffer_copy(model.shape)
+        self._shape.slots = slots
+        self._shape.keys, self._shape.values = self._keys.ctypes.data, self._values.ctypes.data
+        self.length = [0] * slots
+
+    def prefill(self, first_slot: int, prompts: list[list[int]]) -> Tensor:
+        """Read whole prompts into the slots from `first_slot` on. Returns the logits after each, (len(prompts), V)."""
+        ids = [token for prompt in prompts for token in prompt]
+        slots = [slot for slot, prompt in enumerate(prompts, first_slot) for _ in prompt]
+        positions = [position for prompt in prompts for position in range(len(prompt))]
+        wanted = [position == len(prompt) - 1 for prompt in prompts for position in range(len(prompt))]
+        self.length[first_slot : first_slot + len(prompts)] = [len(prompt) for prompt in prompts]
+        return self._read(ids, slots, positions, bytes(wanted), len(prompts))
+
+    def decode(self, ids: list[int]) -> Tensor:
+        """One step: `ids` are the newest tokens of slots 0 to n-1. Returns the logits for the next ones, (n, V)."""
+        n = len(ids)
+        positions = self.length[:n]
+        self.length[:n] = [position + 1 for position in positions]
+        return self._read(ids, list(range(n)), positions, b"\1" * n, n)
+
+    def move(self, source: int, target: int) -> None:
+        """Move a reply to another slot."""
+        self._keys[:, target] = self._keys[:, source]
+        self._values[:, target] = self._values[:, source]
+        self.length[target] = self.length[source]
+
+    def likeliest(self, logits: Tensor, mask: Tensor, rows: list[int], k: int, floor: Tensor) -> tuple[Tensor, Tensor]:
+        """As Mind.likeliest."""
+        n = len(rows)
+        k = min(k, self._vocabulary)
+        if k > FEW:
+            values, tokens = (logits + mask[rows]).sort(dim=-1, descending=True, stable=True)
+            return values[:, :k], tokens[:, :k]
+        floor = floor.contiguous()
+        values, tokens = torch.empty(n, k), torch.empty(n, k, dtype=torch.long)
+        self._model.code.guppy_likeliest(
+            n,
+            self._vocabulary,
+            ctypes.c_void_p(logits.data_ptr()),
+            ctypes.c_void_p(mask.data_ptr()),
+            (ctypes.c_int32 * n)(*rows),
+            k,
+            ctypes.c_void_p(floor.data_ptr()),
+            ctypes.c_void_p(values.data_ptr()),
+            ctypes.c_void_p(tokens.data_ptr()),
+        )
+        return values, tokens
+
+    def _read(self, ids: list[int], slots: list[int], positions: list[int], wanted: bytes, asked: int) -> Tensor:
+        n = len(ids)
+        numbers = ctypes.c_int32 * n
+        logits = torch.empty(asked, self._vocabulary)
+        self._model.code.guppy_read(
+            ctypes.byref(self._shape),
+            n,
+            numbers(*ids),
+            numbers(*slots),
+            numbers(*positions),
+            wanted,
+            self._vocabulary,
+            ctypes.c_void_p(self._work.data_ptr()),
+            ctypes.c_void_p(logits.data_ptr()),
+        )
+        return logits
