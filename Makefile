@@ -34,7 +34,7 @@ bots: $(VENV)/.bots     ## run the bots whose tokens stand in .env
 	$(BIN)/python -m bot all
 
 test: $(VENV)/.dev      ## every test, a real Redis included
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/.dev      ## style and types
 	$(BIN)/ruff check .
