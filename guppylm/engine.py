@@ -68,7 +68,7 @@ class Sampling:
     max_new_tokens: a reply ends after this many tokens at the latest; None for what the window holds.
     """
 
-    temperature: float = 0.7
+    temperature: float = 0.5
     top_k: int = 40
     top_p: float = 1.0
     min_p: float = 0.05
