@@ -86,7 +86,7 @@ def test_the_tied_head_is_stored_once(small_fish: Path) -> None:
 async def test_a_folder_like_the_public_one_loads_and_chats(public: Path) -> None:
     loaded = checkpoint.load(public)
     assert loaded.format.thoughts == {}
-    engine = Engine(loaded.model, loaded.format)
+    engine = Engine.of(loaded)
     try:
         for prompt in ("hi guppy", "你好 🐟", "<|im_end|>", "", "guppy 你 " * 1000):
             completion = await engine.ask(prompt, seed=1)
