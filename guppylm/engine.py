@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import os
 import random
 import threading
@@ -26,7 +25,6 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol, cast, get_args
 
@@ -47,6 +45,8 @@ LEAST_ROWS = 16
 BLOCK = 32
 # What is said when a model has no words at all (an untrained one: a trained fish always finds some).
 SPEECHLESS = "blub."
+# A temperature of 0, as a divisor.
+COLDEST = 1e-6
 # A logit that no other reaches. (Not -inf: native code is faster where nothing is infinite.)
 NEVER = -1e30
 # States of a reply: rows of Engine._masks. From _TOPIC on it still thinks; the intents of each topic follow.
@@ -209,9 +209,10 @@ class Mind(Protocol):
     def move(self, source: int, target: int) -> None:
         """Move a reply to another slot."""
 
-    def likeliest(self, logits: Tensor, mask: Tensor, rows: list[int], k: int, floor: Tensor) -> tuple[Tensor, Tensor]:
-        """The k likeliest tokens of each row of `logits` + `mask`[rows], in falling order: (logits, tokens). Those
-        that lie more than `floor` (n,) below the first may be NEVER."""
+    def choose(
+        self, logits: Tensor, mask: Tensor, rows: list[int], settings: list[Sampling], draws: list[float]
+    ) -> list[int]:
+        """The next token of each row of `logits` + `mask`[rows], as the function `choose` says."""
 
 
 class TorchMind:
@@ -248,14 +249,10 @@ class TorchMind:
         self.cache.move(source, target)
         self.lengths[target] = self.lengths[source]
 
-    def likeliest(self, logits: Tensor, mask: Tensor, rows: list[int], k: int, floor: Tensor) -> tuple[Tensor, Tensor]:
-        # In double precision there is room to put equals, which are common in bf16, in the order of their ids: else
-        # topk would put them in an order that changes with k.
-        exact = torch.float32 if self.device.type == "mps" else torch.float64
-        ids = torch.arange(logits.shape[-1], device=self.device, dtype=exact)
-        ranked = logits.to(exact) + mask[torch.tensor(rows, device=self.device)] - ids * 2**-40
-        values, tokens = ranked.topk(min(k, logits.shape[-1]), dim=-1)
-        return values.float(), tokens
+    def choose(
+        self, logits: Tensor, mask: Tensor, rows: list[int], settings: list[Sampling], draws: list[float]
+    ) -> list[int]:
+        return choose(logits.float() + mask[torch.tensor(rows, device=self.device)], settings, draws)
 
 
 class CudaMind(TorchMind):
@@ -319,28 +316,23 @@ def _record(call: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return replay
 
 
-Likeliest = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+def choose(logits: Tensor, settings: list[Sampling], draws: list[float]) -> list[int]:
+    """The next token of each row of `logits` (n, V); `draws` are its random numbers in [0, 1).
 
-
-def choose(likeliest: Likeliest, settings: list[Sampling], draws: list[float], device: torch.device) -> list[int]:
-    """The next token of each row; `draws` are its random numbers in [0, 1). `likeliest` gives the k likeliest tokens of
-    each row, as Mind.likeliest does.
-
-    They stand in a row from likeliest to least likely, each as wide as its probability; the draw points at one.
+    The tokens stand in a row from likeliest to least likely, each as wide as its probability; the draw points at one.
     """
-    # A k of 0 is all of them (or as many as a token id can name); greedily, only the first counts.
-    ks = [1 if s.temperature == 0 else s.top_k or ALL for s in settings]
-    numbers = torch.tensor(
-        [
-            (max(s.temperature, 1e-6), min(k, ALL), s.top_p, s.min_p, _floor(s), draw)
-            for s, k, draw in zip(settings, ks, draws, strict=True)
-        ]
-    )
-    temperature, top_k, top_p, min_p, floor, draw = numbers.to(device).T[:, :, None]
-    values, tokens = likeliest(min(max(ks), ALL), floor[:, 0])
+    V, device = logits.shape[-1], logits.device
+    # A k of 0 is all of them; greedily, only the first counts.
+    ks = [1 if s.temperature == 0 else min(s.top_k or V, V) for s in settings]
+    numbers = [(max(s.temperature, COLDEST), s.top_p, s.min_p, draw) for s, draw in zip(settings, draws, strict=True)]
+    exact = torch.float32 if device.type == "mps" else torch.float64
+    top_k = torch.tensor(ks, device=device)[:, None]
+    temperature, top_p, min_p, draw = torch.tensor(numbers, dtype=exact, device=device).T[:, :, None]
+    # Equals, which are common in bf16, stand in the order of their ids: topk's own order would change with k.
+    ids = torch.arange(V, device=device)
+    values, tokens = (logits.to(exact) - ids * 2**-40).topk(max(ks), dim=-1)  # sorted
     p = ((values - values[:, :1]) / temperature).exp()  # the likeliest is 1 wide
-    rank = torch.arange(values.shape[-1], device=device)
-    p = p * (rank < top_k) * (p >= min_p)
+    p = p * (ids[: max(ks)] < top_k) * (p >= min_p)
     # Running sums, and nothing else: they do not change with how many tokens the company asks for.
     ends = p.cumsum(-1)
     p = p * (ends - p < top_p * ends[:, -1:])
@@ -350,16 +342,6 @@ def choose(likeliest: Likeliest, settings: list[Sampling], draws: list[float], d
     index = torch.minimum(index, (p > 0).sum(-1) - 1)
     chosen: list[int] = tokens.gather(1, index[:, None])[:, 0].tolist()
     return chosen
-
-
-ALL = 2**20  # tokens: more than a vocabulary has, and float32 still counts them
-
-
-def _floor(sampling: Sampling) -> float:
-    """How far below the likeliest a logit may lie without falling under min_p; a little more, for rounding."""
-    if sampling.min_p == 0:
-        return -NEVER
-    return -max(sampling.temperature, 1e-6) * math.log(sampling.min_p) + 1e-3
 
 
 def share(number: int, among: int) -> list[int]:
@@ -619,8 +601,7 @@ class _Voice:
         masks = [request.mask for request in requests]
         settings = [_GREEDY if request.mask >= _TOPIC else request.sampling for request in requests]
         draws = [0.0 if s.temperature == 0 else r.rng.random() for r, s in zip(requests, settings, strict=True)]
-        likeliest = partial(self.mind.likeliest, logits, self.engine._masks, masks)
-        tokens = choose(likeliest, settings, draws, logits.device)
+        tokens = self.mind.choose(logits, self.engine._masks, masks, settings, draws)
         self.steps += 1
         for slot in reversed(range(first_slot, first_slot + len(requests))):
             request = self.running[slot]

@@ -40,8 +40,8 @@ typedef struct {
     const float *tokens, *positions, *norm_weight, *norm_bias;
     const Block *blocks;
     Linear head;
-    /* In bf16, for each layer, slot and head: keys (window / 16, channels, 16 positions), values (channels / 16, window,
-       16 channels). */
+    /* In bf16, for each layer, slot and head: keys (window / 16, channels / 2, 16 positions, 2 channels) and values
+       (channels / 16, window / 2, 16 channels, 2 positions); numbers that do not divide are rounded up. */
     uint16_t *keys, *values;
 } Model;
 
@@ -50,12 +50,13 @@ enum After { NOTHING, RELU, ADD };
 typedef float Sixteen __attribute__((vector_size(64)));
 typedef int32_t Whole __attribute__((vector_size(64)));
 
-static inline Sixteen sixteen_bf16(const uint16_t *halves) {
-    typedef uint16_t Halves __attribute__((vector_size(32)));
+/* 16 pairs of bf16: the first and the second of each, as floats. */
+static inline void unpair(const uint16_t *pairs, Sixteen *first, Sixteen *second) {
     typedef uint32_t Bits __attribute__((vector_size(64)));
-    Halves from;
-    memcpy(&from, halves, sizeof from);
-    return (Sixteen)(__builtin_convertvector(from, Bits) << 16);
+    Bits bits;
+    memcpy(&bits, pairs, sizeof bits);
+    *first = (Sixteen)(bits << 16);
+    *second = (Sixteen)(bits & 0xffff0000u);
 }
 
 static uint16_t to_bf16(float value) {
@@ -92,6 +93,7 @@ static void multiply(const int8_t x[ROWS][WIDEST], const int8_t *weight, int inp
 #define KEEP(t, a) _tile_stored(t, &sums[16 * t], 64);
     FOUR(CLEAR)
     for (int k = 0; k < inputs; k += 64, weight += 1024) {
+        for (int i = 0; i < 1024; i += 64) __builtin_prefetch(weight + 4096 + i);
         _tile_loadd(6, weight, 64);
         FOUR(DOT)
     }
@@ -140,24 +142,40 @@ static void linear(const Linear *l, const float *x, int x_step, int width, int r
     }
 }
 
-/* One head of one row looks back over `seen` positions. */
+/* One head of one row looks back over `seen` positions. `channels` and `window` are even. */
 static inline void look_back(const float *query, const uint16_t *keys, const uint16_t *values, int seen, int window,
-                             int channels, float *heard) {
-    float weights[LONGEST + 16], scale = 1 / sqrtf((float)channels), largest = NEVER, sum = 0;
-    for (int t = 0; t < seen; t += 16, keys += channels * 16) { /* 16 positions at a time */
-        Sixteen scores = {0};
-        for (int c = 0; c < channels; c++) scores += query[c] * sixteen_bf16(keys + c * 16);
-        memcpy(weights + t, &scores, sizeof scores);
+                             int channels, int wanted, float *heard) {
+    float weights[LONGEST + 16], scale = 1 / sqrtf((float)wanted), largest = NEVER, sum = 0;
+    int whole = (seen + 15) / 16 * 16; /* whole registers */
+    /* Values come from far; they are on their way while the scores are computed. */
+    for (int c = 0; c < channels; c += 16)
+        for (int t = 0; t < seen; t += 2) __builtin_prefetch(values + (c * window + t * 16));
+    Sixteen first, second;
+    for (int t = 0; t < whole; t += 16, keys += channels * 16) { /* 16 positions at a time */
+        Sixteen even = {0}, odd = {0};
+        for (int c = 0; c < channels; c += 2) {
+            unpair(keys + c * 16, &first, &second);
+            even += query[c] * first;
+            odd += query[c + 1] * second;
+        }
+        even += odd;
+        memcpy(weights + t, &even, sizeof even);
     }
-    for (int t = 0; t < seen; t++) largest = fmaxf(largest, weights[t]);
-    for (int t = 0; t < seen; t++) weights[t] = exponential((weights[t] - largest) * scale);
-    for (int t = 0; t < seen; t++) sum += weights[t];
+    for (int t = seen; t < whole; t++) weights[t] = NEVER;
+    for (int t = 0; t < whole; t++) largest = fmaxf(largest, weights[t]);
+    for (int t = 0; t < whole; t++) weights[t] = exponential((weights[t] - largest) * scale);
+    for (int t = seen; t < whole; t++) weights[t] = 0;
+    for (int t = 0; t < whole; t++) sum += weights[t];
     for (int c = 0; c < channels; c += 16, values += window * 16) { /* 16 channels at a time */
-        Sixteen told = {0};
-        for (int t = 0; t < seen; t++) told += weights[t] * sixteen_bf16(values + t * 16);
-        told /= sum;
-        int end = channels - c < 16 ? channels - c : 16;
-        memcpy(heard + c, &told, (size_t)end * sizeof(float));
+        Sixteen even = {0}, odd = {0};
+        for (int t = 0; t < seen; t += 2) {
+            unpair(values + t * 16, &first, &second);
+            even += weights[t] * first;
+            odd += weights[t + 1] * second;
+        }
+        even = (even + odd) / sum;
+        int end = wanted - c < 16 ? wanted - c : 16;
+        memcpy(heard + c, &even, (size_t)end * sizeof(float));
     }
 }
 
@@ -165,19 +183,19 @@ static inline void look_back(const float *query, const uint16_t *keys, const uin
    it and none behind. */
 static void attend(const Model *m, int layer, int rows, const int32_t *slot, const int32_t *position, const float *qkv,
                    float *heard) {
-    int width = m->width, channels = width / m->heads, window = m->window;
-    size_t key_size = (size_t)(window + 15) / 16 * 16 * channels, value_size = (size_t)(channels + 15) / 16 * 16 * window;
+    int width = m->width, channels = width / m->heads, paired = (channels + 1) / 2 * 2, window = (m->window + 1) / 2 * 2;
+    size_t key_size = (size_t)(window + 15) / 16 * 16 * paired, value_size = (size_t)(channels + 15) / 16 * 16 * window;
     for (int r = 0; r < rows; r++) {
         size_t head = ((size_t)layer * m->slots + slot[r]) * m->heads;
-        for (int h = 0; h < m->heads; h++, head++) {
+        for (int h = 0, t = position[r]; h < m->heads; h++, head++) {
             const float *q = qkv + (size_t)r * 3 * width + h * channels, *k = q + width, *v = k + width;
             uint16_t *keys = m->keys + head * key_size, *values = m->values + head * value_size;
-            uint16_t *key = keys + position[r] / 16 * 16 * channels + position[r] % 16, *value = values + position[r] * 16;
-            for (int c = 0; c < channels; c++) key[c * 16] = to_bf16(k[c]);
-            for (int c = 0; c < channels; c++) value[c / 16 * 16 * window + c % 16] = to_bf16(v[c]);
+            uint16_t *key = keys + t / 16 * 16 * paired + t % 16 * 2, *value = values + t / 2 * 32 + t % 2;
+            for (int c = 0; c < channels; c++) key[c / 2 * 32 + c % 2] = to_bf16(k[c]);
+            for (int c = 0; c < channels; c++) value[c / 16 * 16 * window + c % 16 * 2] = to_bf16(v[c]);
             float *to = heard + (size_t)r * width + h * channels;
-            if (channels == 64) look_back(q, keys, values, position[r] + 1, window, 64, to); /* a number is faster */
-            else look_back(q, keys, values, position[r] + 1, window, channels, to);
+            if (channels == 64) look_back(q, keys, values, t + 1, window, 64, 64, to); /* a number is faster */
+            else look_back(q, keys, values, t + 1, window, paired, channels, to);
         }
     }
 }
@@ -232,24 +250,38 @@ void guppy_read(const Model *m, int rows, const int32_t *ids, const int32_t *slo
 #endif
 }
 
-/* The k likeliest of each row of `logits` + its row of `mask`, in falling order; what lies more than `below` under the
-   first is left out (its value is NEVER, its token 0). */
-void guppy_likeliest(int rows, int vocabulary, const float *logits, const float *mask, const int32_t *mask_row, int k,
-                     const float *below, float *values, int64_t *tokens) {
-    for (int r = 0; r < rows; r++, logits += vocabulary, values += k, tokens += k) {
+typedef struct { float temperature, top_p, min_p; int32_t top_k; double draw; } Choice;
+
+/* The next token of each row of `logits` + its row of `mask`, as engine.py's `choose` chooses it. `values` and `tokens`
+   have room for a vocabulary. */
+void guppy_choose(int rows, int vocabulary, const float *logits, const float *mask, const int32_t *mask_row,
+                  const Choice *choices, float *values, int32_t *tokens, int32_t *chosen) {
+    for (int r = 0; r < rows; r++, logits += vocabulary) {
         const float *may = mask + (size_t)mask_row[r] * vocabulary;
+        Choice choice = choices[r];
         float largest = NEVER;
         for (int v = 0; v < vocabulary; v++) largest = fmaxf(largest, logits[v] + may[v]);
-        float least = largest - below[r], full = NEVER;
+        /* What is less probable than min_p; a little less, for rounding. */
+        float least = choice.min_p > 0 ? largest + choice.temperature * logf(choice.min_p) - 1e-3f : NEVER / 2;
         int found = 0;
         for (int v = 0; v < vocabulary; v++) {
             float value = logits[v] + may[v];
-            if (value < least || value <= full) continue; /* of equals, the first stays */
-            int at = found < k ? found++ : k - 1; /* the last one gives way */
+            if (value < least || (found == choice.top_k && value <= values[found - 1])) continue;
+            int at = found < choice.top_k ? found++ : found - 1; /* the last one gives way; of equals, the first stays */
             for (; at > 0 && values[at - 1] < value; at--) values[at] = values[at - 1], tokens[at] = tokens[at - 1];
             values[at] = value, tokens[at] = v;
-            if (found == k) full = values[k - 1];
         }
-        for (int i = found; i < k; i++) values[i] = NEVER, tokens[i] = 0;
+        double sum = 0, before = 0;
+        int allowed = 0;
+        for (int i = 0; i < found; i++) {
+            values[i] = exponential((values[i] - largest) / choice.temperature);
+            if (values[i] < choice.min_p) found = i;
+            else sum += values[i];
+        }
+        for (; allowed < found && before < choice.top_p * sum; allowed++) before += values[allowed];
+        double pointed = choice.draw * before, end = 0;
+        int index = 0;
+        for (; index < allowed - 1 && (end += values[index]) <= pointed; index++) {}
+        chosen[r] = tokens[index];
     }
 }

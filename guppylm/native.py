@@ -17,7 +17,7 @@ import subprocess
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -25,20 +25,30 @@ from torch import Tensor, nn
 
 from guppylm.model import Block, GuppyLM
 
+if TYPE_CHECKING:
+    from guppylm.engine import Sampling
+
 SOURCE = Path(__file__).with_name("native.c")
 # What lets a compiler put sums in another order, and so use the processor's wide registers.
 FLAGS = [
-    "-O3", "-march=native", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-fno-signed-zeros",
-    "-ffinite-math-only", "-fassociative-math",
-]  # fmt: skip
+    *("-O3", "-march=native", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math"),
+    *("-fno-signed-zeros", "-ffinite-math-only", "-fassociative-math"),
+    *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []),
+]
 # Limits of native.c's buffers.
 ROWS, WIDEST, LONGEST = 64, 4096, 1024
-# Above so many, sorting in one go is faster than inserting one by one.
-FEW = 64
 
 
 class Unavailable(Exception):
     """There is no native code on this machine. The message says why."""
+
+
+class _Choice(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_float) for name in ("temperature", "top_p", "min_p")),
+        ("top_k", ctypes.c_int32),
+        ("draw", ctypes.c_double),
+    ]
 
 
 class _Linear(ctypes.Structure):
@@ -90,7 +100,7 @@ def library() -> ctypes.CDLL:
         code = ctypes.CDLL(str(compiled))
     except OSError as error:
         raise Unavailable(f"{compiled} cannot be loaded: {error}") from None
-    code.guppy_read.restype = code.guppy_likeliest.restype = None
+    code.guppy_read.restype = code.guppy_choose.restype = None
     return code
 
 
@@ -117,6 +127,10 @@ def _compile(target: Path) -> None:
         raise Unavailable(f"the C compiler fails: {reason}") from None
     except (OSError, subprocess.TimeoutExpired) as error:
         raise Unavailable(f"the native code cannot be compiled: {error}") from None
+
+
+def _up(number: int, step: int) -> int:
+    return -(-number // step) * step
 
 
 class NativeModel:
@@ -166,7 +180,7 @@ class NativeModel:
         weight = layer.weight.detach().float()
         outputs, inputs = weight.shape
         scale = weight.abs().amax(1).clamp_min(1e-20) / 127
-        whole = torch.zeros(-(-outputs // 16) * 16, -(-inputs // 64) * 64, dtype=torch.int8)
+        whole = torch.zeros(_up(outputs, 16), _up(inputs, 64), dtype=torch.int8)
         whole[:outputs, :inputs] = (weight / scale[:, None]).round().to(torch.int8)
         scales, bias = torch.zeros(len(whole)), torch.zeros(len(whole))
         scales[:outputs] = scale
@@ -190,18 +204,21 @@ class NativeMind:
         channels = config.hidden_size // heads
         size = (config.num_hidden_layers, slots, heads)
         # numpy asks the system for large pages; with small ones, looking them up costs more than reading them.
-        self._keys = np.zeros((*size, -(-window // 16) * 16 * channels), dtype=np.uint16)
-        self._values = np.zeros((*size, -(-channels // 16) * 16 * window), dtype=np.uint16)
+        self._keys = np.zeros((*size, _up(window, 16) * _up(channels, 2)), dtype=np.uint16)
+        self._values = np.zeros((*size, _up(channels, 16) * _up(window, 2)), dtype=np.uint16)
         self._work = torch.empty(ROWS * (5 * config.hidden_size + config.intermediate_size))
+        self._values_of_choice = np.empty(config.vocab_size, dtype=np.float32)
+        self._tokens_of_choice = np.empty(config.vocab_size, dtype=np.int32)
         self._shape = _Model.from_buffer_copy(model.shape)
         self._shape.slots = slots
         self._shape.keys, self._shape.values = self._keys.ctypes.data, self._values.ctypes.data
+        self._place = list(range(slots))  # where in memory each slot lies
         self.length = [0] * slots
 
     def prefill(self, first_slot: int, prompts: list[list[int]]) -> Tensor:
         """Read whole prompts into the slots from `first_slot` on. Returns the logits after each, (len(prompts), V)."""
         ids = [token for prompt in prompts for token in prompt]
-        slots = [slot for slot, prompt in enumerate(prompts, first_slot) for _ in prompt]
+        slots = [self._place[slot] for slot, prompt in enumerate(prompts, first_slot) for _ in prompt]
         positions = [position for prompt in prompts for position in range(len(prompt))]
         wanted = [position == len(prompt) - 1 for prompt in prompts for position in range(len(prompt))]
         self.length[first_slot : first_slot + len(prompts)] = [len(prompt) for prompt in prompts]
@@ -212,35 +229,36 @@ class NativeMind:
         n = len(ids)
         positions = self.length[:n]
         self.length[:n] = [position + 1 for position in positions]
-        return self._read(ids, list(range(n)), positions, b"\1" * n, n)
+        return self._read(ids, self._place[:n], positions, b"\1" * n, n)
 
     def move(self, source: int, target: int) -> None:
-        """Move a reply to another slot."""
-        self._keys[:, target] = self._keys[:, source]
-        self._values[:, target] = self._values[:, source]
+        """Move a reply to another slot: only the two change names."""
+        names = self._place
+        names[source], names[target] = names[target], names[source]
         self.length[target] = self.length[source]
 
-    def likeliest(self, logits: Tensor, mask: Tensor, rows: list[int], k: int, floor: Tensor) -> tuple[Tensor, Tensor]:
-        """As Mind.likeliest."""
-        n = len(rows)
-        k = min(k, self._vocabulary)
-        if k > FEW:
-            values, tokens = (logits + mask[rows]).sort(dim=-1, descending=True, stable=True)
-            return values[:, :k], tokens[:, :k]
-        floor = floor.contiguous()
-        values, tokens = torch.empty(n, k), torch.empty(n, k, dtype=torch.long)
-        self._model.code.guppy_likeliest(
+    def choose(
+        self, logits: Tensor, mask: Tensor, rows: list[int], settings: list[Sampling], draws: list[float]
+    ) -> list[int]:
+        """As Mind.choose."""
+        n, V = len(rows), self._vocabulary
+        choices = [
+            _Choice(max(s.temperature, 1e-6), s.top_p, s.min_p, min(s.top_k or V, V) if s.temperature else 1, draw)
+            for s, draw in zip(settings, draws, strict=True)
+        ]
+        chosen = (ctypes.c_int32 * n)()
+        self._model.code.guppy_choose(
             n,
-            self._vocabulary,
+            V,
             ctypes.c_void_p(logits.data_ptr()),
             ctypes.c_void_p(mask.data_ptr()),
             (ctypes.c_int32 * n)(*rows),
-            k,
-            ctypes.c_void_p(floor.data_ptr()),
-            ctypes.c_void_p(values.data_ptr()),
-            ctypes.c_void_p(tokens.data_ptr()),
+            (_Choice * n)(*choices),
+            ctypes.c_void_p(self._values_of_choice.ctypes.data),
+            ctypes.c_void_p(self._tokens_of_choice.ctypes.data),
+            chosen,
         )
-        return values, tokens
+        return list(chosen)
 
     def _read(self, ids: list[int], slots: list[int], positions: list[int], wanted: bytes, asked: int) -> Tensor:
         n = len(ids)

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from guppylm import checkpoint, engine, native
 from guppylm.conversation import IM_END
-from guppylm.engine import NEVER, CudaMind, Engine, EngineBusy, Mind, Sampling, TorchMind, choose, decode
+from guppylm.engine import NEVER, CudaMind, Engine, EngineBusy, Mind, Sampling, TorchMind, decode
 from guppylm.model import GuppyLM, ModelConfig
 
 PROMPTS = ["are you hungry", "hi", "my aunt bought an apple and a kiwi", "", "🐟🐟", "do you want food " * 40]
@@ -243,15 +242,17 @@ async def test_the_pieces_of_a_stream_are_the_reply(fish: Engine, seed: int) -> 
     assert all(pieces)
 
 
-async def test_a_character_is_never_split(fish: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_character_is_never_split(small_fish: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fish = Engine.load(small_fish, device="cpu", max_batch=1)
     said = [*fish.chat.encode_text("a 🐟 is wet."), IM_END]
     thought = fish.chat.encode_thought("food", "hungry")
     script = iter([*thought, *said])
-    monkeypatch.setattr(engine, "choose", lambda *_: [next(script)])
+    monkeypatch.setattr(fish._voices[0].mind, "choose", lambda *_: [next(script)])
     pieces = [piece async for piece in fish.stream("hi")]
     assert "".join(pieces) == "a 🐟 is wet."
     assert not any("\ufffd" in piece for piece in pieces)
     assert len(pieces) > 5
+    await fish.aclose()
 
 
 async def test_a_reader_who_leaves_a_stream_frees_the_slot(fish: Engine) -> None:
@@ -349,8 +350,7 @@ def test_a_setting_of_sampling_that_cannot_be_is_named(values: dict[str, Any], c
 
 def chosen(mind: Mind, logits: Tensor, sampling: Sampling, draws: list[float]) -> list[int]:
     n, V = logits.shape
-    likeliest = partial(mind.likeliest, logits.contiguous(), torch.zeros(1, V), [0] * n)
-    return choose(likeliest, [sampling] * n, draws, logits.device)
+    return mind.choose(logits.contiguous(), torch.zeros(1, V), [0] * n, [sampling] * n, draws)
 
 
 def choosers(vocabulary: int) -> list[Mind]:
