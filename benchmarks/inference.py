@@ -27,7 +27,7 @@ from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-SAMPLING: dict[str, Any] = {"temperature": 0.7, "top_k": 40}
+SAMPLING: dict[str, Any] = {"temperature": 0.7, "top_k": 40}  # --greedy: a top_k of 1
 TOKENS = 24
 THREADS = os.cpu_count() or 1
 
@@ -274,6 +274,8 @@ def runners(device: str) -> dict[str, Callable[[argparse.Namespace], Runner]]:
 
 def _serve(make: Callable[[argparse.Namespace], Runner] | str, options: argparse.Namespace, pipe: Connection) -> None:
     assert isinstance(make, str)
+    if options.greedy:
+        SAMPLING["top_k"] = 1
     try:
         run = runners(options.device)[make](options)
         run(prompts(2), TOKENS)
@@ -465,6 +467,7 @@ def main() -> None:
     parser.add_argument("--replies", type=int, default=100_000)
     parser.add_argument("--only", nargs="+", default=[], help="whose names contain one of these")
     parser.add_argument("--picture", type=Path, help="write the bars here, as SVG")
+    parser.add_argument("--greedy", action="store_true", help="always the likeliest token: no time for sampling")
     options = parser.parse_args()
     {"compare": compare, "grow": grow, "forever": forever}[options.what](options)
 

@@ -122,31 +122,35 @@ class ChatFormat:
         """The ids up to where the fish begins. A prompt that does not fit keeps its beginning and its end, cut at
         word boundaries: who speaks says first what it is about and asks last."""
         heard = hear(prompt)
-        # No token is longer than a word: more characters than this can't fit, however they are encoded.
-        most = 64 * self.room_for_prompt
-        far_too_long = len(heard) > 2 * most
-        ids = self.encode_text(heard[:most] + " " + heard[-most:] if far_too_long else heard)
-        if far_too_long or len(ids) > self.room_for_prompt:
-            ids = self._cut(heard, most)
-            return Prompt([*self.head, *ids, *self.middle], cut=True)
-        return Prompt([*self.head, *ids, *self.middle], cut=False)
+        # More characters than this can't fit, however they are encoded.
+        most = self.longest_token * self.room_for_prompt
+        if len(heard) <= most and len(ids := self.encode_text(heard)) <= self.room_for_prompt:
+            return Prompt([*self.head, *ids, *self.middle], cut=False)
+        return Prompt([*self.head, *self._cut(heard), *self.middle], cut=True)
 
-    def _cut(self, text: str, most: int) -> list[int]:
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters that one token can stand for at most."""
+        return max(map(len, self.tokenizer.get_vocab(with_added_tokens=False)))
+
+    def _cut(self, text: str) -> list[int]:
         """At most `room_for_prompt` ids: the first words, " ... ", the last words."""
         gap = self.encode_text(CUT.rstrip())[: self.room_for_prompt]
         half = (self.room_for_prompt - len(gap)) // 2
-        begin, end = text[:most], text[-most:]
+        enough = self.longest_token * (half + 1)  # characters, for half the tokens and the one behind
+        begin, end = text[:enough], text[-enough:]
         first = self.tokenizer.encode(begin, add_special_tokens=False)
         last = self.tokenizer.encode(end, add_special_tokens=False)
         # Offsets say where each token stands; a word boundary is a space before it.
+        first_offsets, last_offsets = first.offsets, last.offsets  # a new list each time it is asked for
         start, stop = 0, 0
         for index in range(min(half, len(first.ids)), 0, -1):
-            position = first.offsets[index][0] if index < len(first.ids) else len(begin)
+            position = first_offsets[index][0] if index < len(first.ids) else len(begin)
             if position >= len(begin) or begin[position].isspace():
                 stop = index
                 break
         for index in range(max(0, len(last.ids) - half), len(last.ids)):
-            position = last.offsets[index][0]
+            position = last_offsets[index][0]
             if end[position].isspace():
                 start = index
                 break

@@ -357,9 +357,7 @@ def best_precision(model: GuppyLM, device: torch.device) -> tuple[Precision, str
     if device.type != "cpu":
         return "fp32", "works everywhere"
     try:
-        if native.has_tiles():
-            return "int8", "this processor multiplies blocks of int8 (AMX)"
-        return "fp32", "this processor has no AMX"
+        return "int8", "with" + ("" if native.has_tiles() else "out") + " this processor's tiles (AMX)"
     except native.Unavailable as error:
         return "fp32", f"no int8: {error}"
 

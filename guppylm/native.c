@@ -22,8 +22,8 @@
 #define LONGEST 1024 /* positions */
 #define NEVER -1e30f /* the compiler may take it that nothing is infinite */
 
-/* y = x W' + b. `weight` lies as the processor wants it: blocks of 16 outputs x 64 inputs, in each of them 4 inputs of
-   16 outputs side by side. Behind the last input and output there are zeros. */
+/* y = x W' + b. `weight` lies as the processor wants it. With tiles: blocks of 16 outputs x 64 inputs, in each of them 4
+   inputs of 16 outputs side by side. Without: output by output. Behind the last input and output there are zeros. */
 typedef struct {
     int32_t inputs, outputs; /* rounded up to whole blocks */
     const int8_t *weight;
@@ -99,12 +99,12 @@ static void multiply(const int8_t x[ROWS][WIDEST], const int8_t *weight, int inp
     }
     FOUR(KEEP)
 #else
-    memset(sums, 0, (size_t)rows * sizeof sums[0]);
-    for (int k = 0; k < inputs; k += 4, weight += 64)
-        for (int r = 0; r < rows; r++)
-            for (int o = 0; o < 16; o++)
-                sums[r][o] += x[r][k] * weight[4 * o] + x[r][k + 1] * weight[4 * o + 1] +
-                              x[r][k + 2] * weight[4 * o + 2] + x[r][k + 3] * weight[4 * o + 3];
+    for (int r = 0; r < rows; r++)
+        for (int o = 0; o < 16; o++) {
+            int32_t sum = 0;
+            for (int k = 0; k < inputs; k++) sum += x[r][k] * weight[(size_t)o * inputs + k];
+            sums[r][o] = sum;
+        }
 #endif
 }
 
@@ -200,10 +200,11 @@ static void attend(const Model *m, int layer, int rows, const int32_t *slot, con
     }
 }
 
-/* Whether this processor multiplies blocks of whole numbers, and lets us. Call it once before anything else. */
+/* Asks the system for tiles (AMX); call it once before anything else. 1: there are, 0: this code needs none, -1: it
+   needs them and does not get them. */
 int guppy_begin(void) {
 #ifdef __AMX_INT8__
-    return syscall(SYS_arch_prctl, 0x1023, 18) == 0; /* ARCH_REQ_XCOMP_PERM, the tiles' data */
+    return syscall(SYS_arch_prctl, 0x1023, 18) == 0 ? 1 : -1; /* ARCH_REQ_XCOMP_PERM, the tiles' data */
 #else
     return 0;
 #endif

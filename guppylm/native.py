@@ -106,8 +106,11 @@ def library() -> ctypes.CDLL:
 
 @cache
 def has_tiles() -> bool:
-    """Whether this processor multiplies blocks of int8 (AMX) and the system lets us. Raises Unavailable."""
-    return bool(library().guppy_begin())
+    """Whether the code uses the processor's tiles (AMX): blocks of int8 in one instruction. Raises Unavailable."""
+    answer = library().guppy_begin()
+    if answer < 0:
+        raise Unavailable("the system does not let us use this processor's tiles (AMX)")
+    return bool(answer)
 
 
 def _compile(target: Path) -> None:
@@ -143,7 +146,7 @@ class NativeModel:
         if widest > WIDEST or config.max_position_embeddings > LONGEST:
             raise Unavailable("this model is too large for the native code")
         self.code = library()
-        has_tiles()  # also asks the system for them
+        self.tiles = has_tiles()
         self.config = config
         self._kept: list[Any] = []  # what the C side points into
         blocks = (_Block * config.num_hidden_layers)()
@@ -187,7 +190,8 @@ class NativeModel:
         if layer.bias is not None:
             bias[:outputs] = layer.bias.detach()
         # (blocks of 16 outputs, blocks of 64 inputs, 16 fours of inputs, 16 outputs, 4 inputs)
-        laid_out = whole.view(len(whole) // 16, 16, whole.shape[1] // 64, 16, 4).permute(0, 2, 3, 1, 4)
+        in_blocks = whole.view(len(whole) // 16, 16, whole.shape[1] // 64, 16, 4).permute(0, 2, 3, 1, 4)
+        laid_out = in_blocks if self.tiles else whole
         return _Linear(whole.shape[1], len(whole), self._keep(laid_out), self._keep(scales), self._keep(bias))
 
 
