@@ -160,14 +160,20 @@ def test_logits_are_the_same_to_the_last_bit_in_any_company(place: tuple[str, st
             assert torch.equal(first_and_next(min(company, most)), alone), company
 
 
-async def test_replies_join_and_leave_between_tokens(small_fish: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def long_winded(fish: Engine, monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """The fish (of torch's arithmetic) with a token each 5 ms, and nobody stops before he must."""
+
     def slow(*given: Any) -> Tensor:
         time.sleep(0.005)
         return decode(*given)
 
-    fish = Engine.load(small_fish, device="cpu", precision="fp32")
     monkeypatch.setattr(engine, "decode", slow)
-    fish._masks[:, IM_END] = NEVER  # nobody stops before he must
+    fish._masks[:, IM_END] = NEVER
+    return fish
+
+
+async def test_replies_join_and_leave_between_tokens(small_fish: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fish = long_winded(Engine.load(small_fish, device="cpu", precision="fp32"), monkeypatch)
     long = asyncio.create_task(fish.ask("hi", WILD))
     await speaking(fish)
     short = await fish.ask("hi", Sampling(max_new_tokens=1))
@@ -178,8 +184,9 @@ async def test_replies_join_and_leave_between_tokens(small_fish: Path, monkeypat
     await fish.aclose()
 
 
-async def test_a_cancelled_reply_frees_its_slot(small_fish: Path) -> None:
-    narrow = Engine.load(small_fish, device="cpu", max_batch=1, max_waiting=1)
+async def test_a_cancelled_reply_frees_its_slot(small_fish: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    narrow = Engine.load(small_fish, device="cpu", precision="fp32", max_batch=1, max_waiting=1)
+    long_winded(narrow, monkeypatch)
     try:
         first = asyncio.create_task(narrow.ask("hi", WILD))
         await speaking(narrow)
