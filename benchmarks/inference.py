@@ -91,7 +91,7 @@ def textbook(options: argparse.Namespace) -> Runner:
 
     from guppylm import checkpoint
 
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(1)  # its products are so small that two threads only wait for each other
     loaded = checkpoint.load(options.model)
     model = loaded.model.to(options.device)
 
@@ -176,34 +176,38 @@ def opt_folder(model: str) -> tuple[Path, list[Any]]:
     return folder, [loaded.format]
 
 
-def transformers(options: argparse.Namespace) -> Runner:
+def transformers(threads: int) -> Callable[[argparse.Namespace], Runner]:
     """Hugging Face transformers' generate, all prompts in one batch."""
-    import torch
-    from transformers import OPTForCausalLM
 
-    torch.set_num_threads(THREADS)
-    folder, (chat,) = opt_folder(options.model)
-    model = OPTForCausalLM.from_pretrained(folder).eval().to(options.device)
+    def make(options: argparse.Namespace) -> Runner:
+        import torch
+        from transformers import OPTForCausalLM
 
-    @torch.inference_mode()
-    def run(given: list[str], tokens: int) -> Times:
-        begun = time.perf_counter()
-        ids = [chat.encode_prompt(prompt).ids for prompt in given]
-        longest = max(map(len, ids))
-        batch = torch.tensor([[0] * (longest - len(row)) + row for row in ids], device=options.device)
-        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=options.device)
+        torch.set_num_threads(threads)
+        folder, (chat,) = opt_folder(options.model)
+        model = OPTForCausalLM.from_pretrained(folder).eval().to(options.device)
 
-        def generate(count: int) -> float:
-            model.generate(
-                batch, attention_mask=mask, do_sample=True, **SAMPLING, min_new_tokens=count, max_new_tokens=count
-            ).tolist()
-            return time.perf_counter() - begun
+        @torch.inference_mode()
+        def run(given: list[str], tokens: int) -> Times:
+            begun = time.perf_counter()
+            ids = [chat.encode_prompt(prompt).ids for prompt in given]
+            longest = max(map(len, ids))
+            batch = torch.tensor([[0] * (longest - len(row)) + row for row in ids], device=options.device)
+            mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=options.device)
 
-        last = generate(tokens)
-        begun = time.perf_counter()
-        return [(generate(3), last)] * len(given)
+            def generate(count: int) -> float:
+                model.generate(
+                    batch, attention_mask=mask, do_sample=True, **SAMPLING, min_new_tokens=count, max_new_tokens=count
+                ).tolist()
+                return time.perf_counter() - begun
 
-    return run
+            last = generate(tokens)
+            begun = time.perf_counter()
+            return [(generate(3), last)] * len(given)
+
+        return run
+
+    return make
 
 
 def ctranslate2(precision: str, replicas: int, threads: int) -> Callable[[argparse.Namespace], Runner]:
@@ -251,13 +255,14 @@ def runners(device: str) -> dict[str, Callable[[argparse.Namespace], Runner]]:
     if device == "cuda":
         return {
             "textbook loop": textbook,
-            "transformers": transformers,
+            "transformers": transformers(1),
             "ours, fp32": ours("fp32"),
             "ours, bf16": ours("bf16"),
         }
     return {
         "textbook loop": textbook,
-        "transformers": transformers,
+        "transformers, 1 thread": transformers(1),
+        f"transformers, {THREADS} threads": transformers(THREADS),
         f"CTranslate2 float32, {THREADS} x 1": ctranslate2("float32", THREADS, 1),
         f"CTranslate2 float32, 1 x {THREADS}": ctranslate2("float32", 1, THREADS),
         "CTranslate2 int8, 1 x 1": ctranslate2("int8", 1, 1),

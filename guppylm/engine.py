@@ -359,7 +359,7 @@ def best_precision(model: GuppyLM, device: torch.device) -> tuple[Precision, str
     try:
         return "int8", "with" + ("" if native.has_tiles() else "out") + " this processor's tiles (AMX)"
     except native.Unavailable as error:
-        return "fp32", f"no int8: {error}"
+        return "bf16" if torch.cpu._is_amx_tile_supported() else "fp32", f"no int8: {error}"
 
 
 class Engine:
@@ -422,6 +422,8 @@ class Engine:
         reason = "as asked"
         if precision == "auto":
             precision, reason = best_precision(loaded.model, target)
+        # On a CPU a core each: two cores at two things get more done than two that wait for each other.
+        shares = share(max_batch, (os.cpu_count() or 1) if target.type == "cpu" else 1)
         minds: list[Mind]
         if precision == "int8":
             if target.type != "cpu":
@@ -430,13 +432,12 @@ class Engine:
                 fish = native.NativeModel(loaded.model)
             except native.Unavailable as error:
                 raise ValueError(f"int8 does not work on this machine: {error}. Use auto, fp32 or bf16.") from None
-            # A core each: two cores at two things at once get more done than two that wait for each other.
-            minds = [native.NativeMind(fish, slots) for slots in share(max_batch, os.cpu_count() or 1)]
+            minds = [native.NativeMind(fish, slots) for slots in shares]
         else:
             fish_of_torch = loaded.model.to(
                 device=target, dtype=torch.bfloat16 if precision == "bf16" else torch.float32
             )
-            minds = [(CudaMind if target.type == "cuda" else TorchMind)(fish_of_torch, max_batch)]
+            minds = [(CudaMind if target.type == "cuda" else TorchMind)(fish_of_torch, slots) for slots in shares]
         log.info("engine ready: %s on %s in %s (%s)", loaded.path.name, target, precision, reason)
         return cls(loaded.model, loaded.format, minds, max_batch, max_waiting)
 
@@ -568,6 +569,7 @@ class _Voice:
         self.thread = threading.Thread(target=self._work, name="guppy-engine", daemon=True)
 
     def _work(self) -> None:
+        torch.set_num_threads(1)
         with torch.inference_mode():
             while True:
                 self._drop_cancelled()

@@ -321,7 +321,7 @@ async def test_the_event_loop_is_never_blocked_for_long(small_fish: Path) -> Non
         loop.call_soon(beat, time.thread_time())
 
     async def ask(prompt: str, seed: int) -> None:
-        await asyncio.sleep(seed * 0.001)
+        await asyncio.sleep(seed * 0.005)
         await fish.ask(prompt, WILD, seed=seed)
 
     try:
