@@ -31,10 +31,20 @@ if TYPE_CHECKING:
 SOURCE = Path(__file__).with_name("native.c")
 # What lets a compiler put sums in another order, and so use the processor's wide registers.
 FLAGS = [
-    *("-O3", "-march=native", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math"),
+    *("-O3", "-shared", "-fPIC", "-fno-math-errno", "-fno-trapping-math"),
     *("-fno-signed-zeros", "-ffinite-math-only", "-fassociative-math"),
     *(["-mprefer-vector-width=512"] if platform.machine() == "x86_64" else []),
 ]
+# For this machine alone. For an image that runs on others, `python -m guppylm.native` compiles the code ahead for the
+# processors below: what the compiler is told, and what /proc/cpuinfo must name. The first that fits is used.
+HERE = ["-march=native"]
+AHEAD = {
+    "amx": (
+        ["-march=x86-64-v4", "-mavx512vnni", "-mamx-tile", "-mamx-int8"],
+        {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl", "avx512_vnni", "amx_tile", "amx_int8"},
+    ),
+    "v3": (["-march=x86-64-v3"], {"avx2", "bmi1", "bmi2", "f16c", "fma", "abm", "movbe"}),
+}
 # Limits of native.c's buffers.
 ROWS, WIDEST, LONGEST = 64, 4096, 1024
 
@@ -88,14 +98,25 @@ def _processor() -> str:
     return " ".join(sorted({line for line in lines if line.startswith(("model", "flags", "Features", "CPU part"))}))
 
 
+def _name(*told: str) -> str:
+    """A name for what comes of the source and what the compiler is told: what is out of date is not found."""
+    return f"native-{hashlib.sha256(repr((FLAGS, told)).encode() + SOURCE.read_bytes()).hexdigest()[:16]}.so"
+
+
+def _ahead() -> dict[Path, list[str]]:
+    """The files that `python -m guppylm.native` makes for processors like this one, and how."""
+    able = set(_processor().split())
+    return {SOURCE.with_name(_name(*flags)): flags for flags, needs in AHEAD.values() if needs <= able}
+
+
 @cache
 def library() -> ctypes.CDLL:
-    """The compiled code, from the cache if it is there. Raises Unavailable."""
-    key = hashlib.sha256(f"{FLAGS}{_processor()}{platform.platform()}".encode() + SOURCE.read_bytes()).hexdigest()[:16]
+    """The code, compiled ahead or before, or now. Raises Unavailable."""
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "guppylm"
-    compiled = home / f"native-{key}.so"
+    here = home / _name(*HERE, _processor(), platform.platform())
+    compiled = next((path for path in _ahead() if path.is_file()), here)
     if not compiled.is_file():
-        _compile(compiled)
+        _compile(compiled, HERE)
     try:
         code = ctypes.CDLL(str(compiled))
     except OSError as error:
@@ -113,7 +134,7 @@ def has_tiles() -> bool:
     return bool(answer)
 
 
-def _compile(target: Path) -> None:
+def _compile(target: Path, told: list[str]) -> None:
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
         raise Unavailable("there is no C compiler here (cc)")
@@ -122,7 +143,10 @@ def _compile(target: Path) -> None:
         with tempfile.TemporaryDirectory(dir=target.parent) as folder:
             made = Path(folder) / target.name
             subprocess.run(
-                [compiler, *FLAGS, str(SOURCE), "-o", str(made), "-lm"], check=True, capture_output=True, timeout=60
+                [compiler, *FLAGS, *told, str(SOURCE), "-o", str(made), "-lm"],
+                check=True,
+                capture_output=True,
+                timeout=60,
             )
             made.replace(target)
     except subprocess.CalledProcessError as error:
@@ -280,3 +304,8 @@ class NativeMind:
             ctypes.c_void_p(logits.data_ptr()),
         )
         return logits
+
+
+if __name__ == "__main__":
+    for told, _ in AHEAD.values():
+        _compile(SOURCE.with_name(_name(*told)), told)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import copy
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -451,6 +452,21 @@ def test_with_and_without_tiles_the_numbers_are_the_same(monkeypatch: pytest.Mon
     native.has_tiles.cache_clear()
     assert not native.has_tiles()
     assert torch.equal(native.NativeMind(native.NativeModel(model), 2).prefill(0, prompts), with_tiles)
+
+
+@pytest.mark.usefixtures("fresh_native")
+def test_code_compiled_ahead_needs_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "SOURCE", Path(shutil.copy(native.SOURCE, tmp_path)))
+    if not native._ahead() or not shutil.which("cc"):
+        pytest.skip("no compiler here, or another kind of processor")
+    for path, told in native._ahead().items():
+        native._compile(path, told)
+    monkeypatch.setenv("PATH", "")
+    native.NativeModel(spoken_model(1, 1))
+    native.SOURCE.write_text(native.SOURCE.read_text() + "\n")  # what was compiled is out of date now
+    native.library.cache_clear()
+    with pytest.raises(native.Unavailable, match="no C compiler"):
+        native.library()
 
 
 @pytest.mark.usefixtures("fresh_native")
