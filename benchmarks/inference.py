@@ -176,6 +176,16 @@ def opt_folder(model: str) -> tuple[Path, list[Any]]:
     return folder, [loaded.format]
 
 
+def whole_batch(generate: Callable[[int], object], begun: float, tokens: int, people: int) -> Times:
+    """The times of who answers a whole batch at once, for each of `people`. Such a one says nothing before the end, so
+    the first word is timed on its own: three tokens, without the encoding that `begun` begins with."""
+    generate(tokens)
+    last = time.perf_counter() - begun
+    begun = time.perf_counter()
+    generate(3)
+    return [(time.perf_counter() - begun, last)] * people
+
+
 def transformers(threads: int) -> Callable[[argparse.Namespace], Runner]:
     """Hugging Face transformers' generate, all prompts in one batch."""
 
@@ -195,15 +205,12 @@ def transformers(threads: int) -> Callable[[argparse.Namespace], Runner]:
             batch = torch.tensor([[0] * (longest - len(row)) + row for row in ids], device=options.device)
             mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in ids], device=options.device)
 
-            def generate(count: int) -> float:
+            def generate(count: int) -> None:
                 model.generate(
                     batch, attention_mask=mask, do_sample=True, **SAMPLING, min_new_tokens=count, max_new_tokens=count
                 ).tolist()
-                return time.perf_counter() - begun
 
-            last = generate(tokens)
-            begun = time.perf_counter()
-            return [(generate(3), last)] * len(given)
+            return whole_batch(generate, begun, tokens, len(given))
 
         return run
 
@@ -230,7 +237,7 @@ def ctranslate2(precision: str, replicas: int, threads: int) -> Callable[[argpar
             begun = time.perf_counter()
             batch = [[chat.tokenizer.id_to_token(i) for i in chat.encode_prompt(prompt).ids] for prompt in given]
 
-            def generate(count: int) -> float:
+            def generate(count: int) -> None:
                 generator.generate_batch(
                     batch,
                     max_batch_size=-(-len(batch) // replicas),
@@ -240,11 +247,8 @@ def ctranslate2(precision: str, replicas: int, threads: int) -> Callable[[argpar
                     max_length=count,
                     include_prompt_in_result=False,
                 )
-                return time.perf_counter() - begun
 
-            last = generate(tokens)
-            begun = time.perf_counter()
-            return [(generate(3), last)] * len(given)
+            return whole_batch(generate, begun, tokens, len(given))
 
         return run
 

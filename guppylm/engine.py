@@ -86,6 +86,15 @@ class Sampling:
         if self.max_new_tokens is not None and (not isinstance(self.max_new_tokens, int) or self.max_new_tokens < 1):
             raise ValueError(f"max_new_tokens is {self.max_new_tokens}; choose a whole number, 1 or more.")
 
+    @property
+    def divisor(self) -> float:
+        """What logits are divided by: the temperature, and never zero."""
+        return max(self.temperature, COLDEST)
+
+    def most(self, vocabulary: int) -> int:
+        """How many of so many tokens can be chosen at all. A top_k of 0 is all; greedily, only the first counts."""
+        return 1 if self.temperature == 0 else min(self.top_k or vocabulary, vocabulary)
+
 
 @dataclass(frozen=True)
 class Completion:
@@ -257,7 +266,9 @@ class TorchMind:
 
 class CudaMind(TorchMind):
     """The same on a GPU. Both calls are recorded once, as CUDA graphs, and replayed: one launch instead of a hundred,
-    always of one shape. (So small a model takes a GPU no longer for all slots than for one.)"""
+    always of one shape. (So small a model takes a GPU no longer for all slots than for one.)
+
+    Written with care and never run: the engine before this one ran on a GPU, these graphs have not yet."""
 
     PROMPTS = 16  # read at a time
     at_once = 2048
@@ -322,9 +333,8 @@ def choose(logits: Tensor, settings: list[Sampling], draws: list[float]) -> list
     The tokens stand in a row from likeliest to least likely, each as wide as its probability; the draw points at one.
     """
     V, device = logits.shape[-1], logits.device
-    # A k of 0 is all of them; greedily, only the first counts.
-    ks = [1 if s.temperature == 0 else min(s.top_k or V, V) for s in settings]
-    numbers = [(max(s.temperature, COLDEST), s.top_p, s.min_p, draw) for s, draw in zip(settings, draws, strict=True)]
+    ks = [s.most(V) for s in settings]
+    numbers = [(s.divisor, s.top_p, s.min_p, draw) for s, draw in zip(settings, draws, strict=True)]
     exact = torch.float32 if device.type == "mps" else torch.float64
     top_k = torch.tensor(ks, device=device)[:, None]
     temperature, top_p, min_p, draw = torch.tensor(numbers, dtype=exact, device=device).T[:, :, None]
@@ -444,7 +454,7 @@ class Engine:
     # -- what may come next -------------------------------------------------------------------------------
 
     def _make_masks(self) -> Tensor:
-        """One row of 0 and NEVER for each state a reply can be in; see _after."""
+        """One row of 0 and NEVER for each state a reply can be in (_FIRST_WORD, ...)."""
         chat, V = self.chat, self.model.config.vocab_size
         decodable = chat.tokenizer.get_vocab(with_added_tokens=False).values()
         added = set(chat.tokenizer.get_added_tokens_decoder())

@@ -1,6 +1,6 @@
 """The model in int8, by code for this very processor: the fastest way to run it on a CPU.
 
-`native.c` does the arithmetic, a hundred lines of plain loops; here it is compiled with the C compiler of this machine,
+`native.c` does the arithmetic, in three hundred lines of loops; the C compiler of this machine compiles it,
 once, and the weights are laid out for it. Where there is no compiler, guppylm.engine's fp32 and bf16 remain.
 
 A call computes without Python's lock, so two threads with a cache each keep two cores busy.
@@ -166,7 +166,7 @@ class NativeModel:
     def __init__(self, model: GuppyLM) -> None:
         """Raises Unavailable."""
         config = model.config
-        widest = max(3 * config.hidden_size, config.intermediate_size, config.hidden_size)
+        widest = max(3 * config.hidden_size, config.intermediate_size)
         if widest > WIDEST or config.max_position_embeddings > LONGEST:
             raise Unavailable("this model is too large for the native code")
         self.code = library()
@@ -271,8 +271,7 @@ class NativeMind:
         """As Mind.choose."""
         n, V = len(rows), self._vocabulary
         choices = [
-            _Choice(max(s.temperature, 1e-6), s.top_p, s.min_p, min(s.top_k or V, V) if s.temperature else 1, draw)
-            for s, draw in zip(settings, draws, strict=True)
+            _Choice(s.divisor, s.top_p, s.min_p, s.most(V), draw) for s, draw in zip(settings, draws, strict=True)
         ]
         chosen = (ctypes.c_int32 * n)()
         self._model.code.guppy_choose(

@@ -76,19 +76,17 @@ class Rows:
 
     def __init__(self, conversations: list[Conversation], chat: ChatFormat, device: torch.device) -> None:
         encoded = [chat.encode(c.prompt, c.reply, c.topic, c.intent) for c in conversations]
-        self.lengths = [len(ids) for ids, _, _ in encoded]
-        self.thought_at = [thought for _, thought, _ in encoded]
-        longest = max(self.lengths, default=0)
+        longest = max((len(ids) for ids, _, _ in encoded), default=0)
         ids = torch.zeros(len(encoded), longest, dtype=torch.int16)
         for row, (tokens, _, _) in enumerate(encoded):
             ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int16)
         self.ids = ids.to(device)
-        self.length = torch.tensor(self.lengths)
-        self.thought = torch.tensor(self.thought_at)
+        self.length = torch.tensor([len(ids) for ids, _, _ in encoded])
+        self.thought = torch.tensor([thought for _, thought, _ in encoded])
         self.reply = torch.tensor([reply for _, _, reply in encoded])
 
     def __len__(self) -> int:
-        return len(self.lengths)
+        return len(self.ids)
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,8 @@ def plan(rows: Rows, recipe: Train, listening_share: float, epoch: int) -> list[
     Depends on nothing but the data and these arguments, so a continued run finds its place again."""
     rng = random.Random(f"{recipe.seed}/{listening_share}/{epoch}")
     most = recipe.short if listening_share == 1 else rows.ids.shape[1]
-    order = [row for row, positions in enumerate(rows.thought_at) if positions <= most] or list(range(len(rows)))
+    thought, length = rows.thought.tolist(), rows.length.tolist()
+    order = [row for row, positions in enumerate(thought) if positions <= most] or list(range(len(rows)))
     rng.shuffle(order)
     batches: list[Batch] = []
     for begin in range(0, len(order), POOL):
@@ -115,9 +114,9 @@ def plan(rows: Rows, recipe: Train, listening_share: float, epoch: int) -> list[
         for row in order[begin : begin + POOL]:
             if rng.random() < listening_share:
                 # The last input is the topic; the intent after it is only predicted.
-                listening.append((min(rows.thought_at[row] + 1, rows.lengths[row] - 1), row))
+                listening.append((min(thought[row] + 1, length[row] - 1), row))
             else:
-                speaking.append((rows.lengths[row] - 1, row))
+                speaking.append((length[row] - 1, row))
         for group in (listening, speaking):
             group.sort()
             while group:
@@ -220,14 +219,14 @@ def topics_heard(model: GuppyLM, rows: Rows, chat: ChatFormat, most: int = 400) 
     """The share of rows (evenly spread, at most `most`) whose topic the model names first."""
     model.eval()
     topics = torch.tensor(list(chat.topics), device=rows.ids.device)
-    chosen = sorted(range(0, len(rows), max(1, len(rows) // most)), key=lambda row: rows.thought_at[row])
+    chosen = sorted(range(0, len(rows), max(1, len(rows) // most)), key=rows.thought.tolist().__getitem__)
     right = 0
     for begin in range(0, len(chosen), 64):
         some = torch.tensor(chosen[begin : begin + 64])
-        last = rows.thought[some] - 1
-        ids = rows.ids[some.to(rows.ids.device), : int(last.max()) + 1].long()
-        logits = model.lm_head(model.hidden(ids)[torch.arange(len(some)), last])[:, topics]
-        truth = rows.ids[some.to(rows.ids.device), rows.thought[some].to(rows.ids.device)].long()
+        last, whole = rows.thought[some] - 1, rows.ids[some.to(rows.ids.device)].long()
+        hidden = model.hidden(whole[:, : int(last.max()) + 1])
+        logits = model.lm_head(hidden[torch.arange(len(some)), last])[:, topics]
+        truth = whole[torch.arange(len(some)), last + 1]
         right += int((topics[logits.argmax(-1)] == truth).sum())
     model.train()
     return right / len(chosen)
