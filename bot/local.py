@@ -1,23 +1,44 @@
-"""LocalFish: the engine in this process, as a Fish. With it, one process and one token are a complete bot.
+"""The engine in this process: loaded, asked and counted, and as a Fish. With `LocalFish`, one process and one token are
+a complete bot; the worker loads and asks its engine in the same way.
 
 Of bot, only this module and the worker know guppylm; importing it costs nothing, `load` imports torch.
 """
 
 import asyncio
-from typing import TYPE_CHECKING
+import time
+from typing import Protocol
 
-from bot import health, logs
+from bot import health, logs, metrics
 from bot.fish import Asleep, Busy, Confused, Reply
 from bot.refusal import ExitCode, Refusal
 from bot.settings import Settings
 
-if TYPE_CHECKING:
-    from guppylm.engine import Engine
-
 log = logs.get("local")
 
 
-async def load(settings: Settings) -> "Engine":
+class Completion(Protocol):
+    @property
+    def text(self) -> str: ...
+    @property
+    def prompt_cut(self) -> bool: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def first_word(self) -> float: ...
+
+
+class Engine(Protocol):
+    """What the service needs of `guppylm.engine.Engine`."""
+
+    @property
+    def steps(self) -> int: ...
+    @property
+    def running(self) -> int: ...
+    async def ask(self, prompt: str, /) -> Completion: ...
+    async def aclose(self) -> None: ...
+
+
+async def load(settings: Settings) -> Engine:
     """The engine with the model of the settings. Raises `Refusal` when there is none that fits."""
     try:
         from guppylm.checkpoint import ModelError
@@ -36,10 +57,21 @@ async def load(settings: Settings) -> "Engine":
         raise Refusal(str(error), ExitCode.MODEL) from None
 
 
+async def think(engine: Engine, prompt: str) -> Completion:
+    """Ask `engine`, and count what an operator wants to know of it."""
+    started = time.perf_counter()
+    with metrics.IN_HAND.track_inprogress():
+        completion = await engine.ask(prompt)
+    metrics.FIRST_WORD.observe(completion.first_word)
+    metrics.INFER_SECONDS.observe(time.perf_counter() - started)
+    metrics.TOKENS.inc(completion.tokens)
+    return completion
+
+
 class LocalFish:
     """Asks `engine` directly. The caller closes the engine."""
 
-    def __init__(self, engine: "Engine", settings: Settings) -> None:
+    def __init__(self, engine: Engine, settings: Settings) -> None:
         self._engine = engine
         self._deadline = settings.deadline
         self.progress = health.Progress(lambda: engine.steps, lambda: engine.running > 0)
@@ -50,7 +82,7 @@ class LocalFish:
 
         try:
             async with asyncio.timeout(self._deadline):
-                completion = await self._engine.ask(prompt)
+                completion = await think(self._engine, prompt)
         except TimeoutError:
             raise Asleep from None
         except EngineBusy:

@@ -38,9 +38,14 @@ WORK = Counter(
     ["outcome"],
 )
 RETRIES = Counter("guppy_work_retries", "Questions taken over because their worker died, hung or failed")
+
+# Wherever the engine is: workers, or the one process of the embedded fish.
+FIRST_WORD = Histogram(
+    "guppy_first_word_seconds", "From a question's start in the engine to its reply's first token", buckets=_SECONDS
+)
 INFER_SECONDS = Histogram("guppy_infer_seconds", "From a question's start in the engine to its reply", buckets=_SECONDS)
 TOKENS = Counter("guppy_tokens", "Tokens written")
-IN_HAND = Gauge("guppy_in_hand", "Questions that this worker has in work")
+IN_HAND = Gauge("guppy_in_hand", "Questions that this process's engine has in work")
 
 # Both ends.
 REDIS_RECONNECTS = Counter("guppy_redis_reconnects", "Connections to Redis that had to be made anew")

@@ -9,13 +9,12 @@ questions without progress for too long it ends itself: a hung thread doesn't co
 import asyncio
 import contextlib
 import time
-from typing import Protocol
 
-from bot import health, logs, metrics
+from bot import health, logs
 from bot.fish import Reply
 from bot.lifetime import unless_stopped
 from bot.link import Away
-from bot.local import load
+from bot.local import Engine, load, think
 from bot.queue import TRIES, Intake, Request
 from bot.refusal import ExitCode, Refusal
 from bot.settings import Settings
@@ -28,24 +27,6 @@ DRAIN = 8.0
 """Seconds for what is in work when the worker is asked to stop."""
 
 log = logs.get("worker")
-
-
-class Completion(Protocol):
-    @property
-    def text(self) -> str: ...
-    @property
-    def prompt_cut(self) -> bool: ...
-    @property
-    def tokens(self) -> int: ...
-
-
-class Engine(Protocol):
-    """What a worker needs of `guppylm.engine.Engine`."""
-
-    @property
-    def steps(self) -> int: ...
-    async def ask(self, prompt: str, /) -> Completion: ...
-    async def aclose(self) -> None: ...
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
@@ -150,22 +131,20 @@ class _Worker:
 
     async def _work(self, request: Request) -> None:
         started = time.perf_counter()
-        metrics.IN_HAND.inc()
         try:
             self._thinking += 1
             try:
-                completion = await self._engine.ask(request.prompt)
+                completion = await think(self._engine, request.prompt)
             finally:
                 self._thinking -= 1
             seconds = time.perf_counter() - started
-            metrics.INFER_SECONDS.observe(seconds)
-            metrics.TOKENS.inc(completion.tokens)
             outcome = await self._intake.answer(request, Reply(completion.text, completion.prompt_cut))
             log.info(
                 "answered",
                 id=request.id,
                 outcome=outcome,
                 waited=round(request.waited, 3),
+                first_word=round(completion.first_word, 3),
                 seconds=round(seconds, 3),
                 tokens=completion.tokens,
                 tries=request.tries,
@@ -176,7 +155,6 @@ class _Worker:
             log.error("failed", id=request.id, tries=request.tries, exc_info=error)
             await self._failed(request)
         finally:
-            metrics.IN_HAND.dec()
             del self._in_hand[request.entry]
 
     async def _failed(self, request: Request) -> None:

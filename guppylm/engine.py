@@ -21,6 +21,7 @@ import logging
 import os
 import random
 import threading
+import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterable
 from concurrent.futures import Future
@@ -99,13 +100,15 @@ class Sampling:
 @dataclass(frozen=True)
 class Completion:
     """A reply. `topic` is what Guppy thought it is about (None if the model does not think), `prompt_cut` whether the
-    prompt was too long for the window, `tokens` how many were generated, thoughts included."""
+    prompt was too long for the window, `tokens` how many were generated, thoughts included, `first_word` the seconds
+    from the question to the reply's first token behind them."""
 
     text: str
     prompt_cut: bool
     tokens: int
     topic: str | None = None
     intent: str | None = None
+    first_word: float = field(default=0.0, compare=False)
 
 
 @dataclass(eq=False)
@@ -124,9 +127,11 @@ class _Request:
     mask: int = 0  # row of Engine._masks: which tokens may come next
     limit: int = 0
     shown: str = ""
+    first_word: float = 0.0
 
     def __post_init__(self) -> None:
         self.rng = random.Random(self.seed)
+        self.asked = time.perf_counter()
 
 
 class Cache:
@@ -635,6 +640,8 @@ class _Voice:
         elif request.mask > _TOPIC:
             request.intent, request.mask = token, _FIRST_WORD
         else:
+            if request.mask == _FIRST_WORD:
+                request.first_word = time.perf_counter() - request.asked
             request.mask = _NEXT_WORD
             if request.on_token:  # else it is decoded once, at the end
                 self._show(request, self._text(request))
@@ -670,6 +677,7 @@ class _Voice:
             intent=self.chat.intents[request.topic][request.intent]
             if request.topic is not None and request.intent is not None
             else None,
+            first_word=request.first_word,
         )
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from prometheus_client import REGISTRY
 
 from bot.fish import Asleep, Busy, Confused, Reply
 from bot.local import LocalFish, load
@@ -14,6 +15,7 @@ from bot.settings import Settings
 from guppylm import checkpoint
 from guppylm.engine import EngineBusy
 from tests.standins.engine import StandInEngine
+from tests.standins.processes import until
 
 
 def fish(engine: Any, **settings: Any) -> LocalFish:
@@ -24,6 +26,23 @@ async def test_it_answers_with_what_the_engine_says() -> None:
     engine = StandInEngine(window=3)
     assert await fish(engine).ask("hi") == Reply("blub. hi", prompt_cut=False)
     assert await fish(engine).ask("hello") == Reply("blub. hel", prompt_cut=True)
+    await engine.aclose()
+
+
+async def test_it_counts_as_a_worker_does() -> None:
+    names = ("guppy_first_word_seconds_count", "guppy_infer_seconds_count", "guppy_tokens_total")
+    before = [REGISTRY.get_sample_value(name) or 0.0 for name in names]
+    engine = StandInEngine(0.02, tokens=8)
+    asking = asyncio.gather(*(fish(engine).ask("hi") for _ in range(3)))
+    await until(lambda: engine.running == 3)
+    assert REGISTRY.get_sample_value("guppy_in_hand") == 3
+    await asking
+    assert [(REGISTRY.get_sample_value(name) or 0.0) - was for name, was in zip(names, before, strict=True)] == [
+        3,
+        3,
+        24,
+    ]
+    assert REGISTRY.get_sample_value("guppy_in_hand") == 0
     await engine.aclose()
 
 

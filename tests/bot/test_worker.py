@@ -83,6 +83,8 @@ async def test_a_worker_counts_what_an_operator_asks_for(
     assert now["guppy_work_total", "answered"] == 10
     assert now["guppy_tokens_total",] == 80
     assert now["guppy_queue_wait_seconds_count",] == now["guppy_infer_seconds_count",] == 10
+    assert now["guppy_first_word_seconds_count",] == 10
+    assert 0 < now["guppy_first_word_seconds_sum",] < now["guppy_infer_seconds_sum",]
     assert now["guppy_queue_depth",] == now["guppy_queue_age_seconds",] == now["guppy_in_hand",] == 0
     assert now["guppy_workers",] == 1
     assert not any("person" in str(name) or "chat" in str(name) for name in now)

@@ -185,6 +185,19 @@ async def test_replies_join_and_leave_between_tokens(small_fish: Path, monkeypat
     await fish.aclose()
 
 
+async def test_the_wait_for_a_place_counts_to_the_first_word(small_fish: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fish = long_winded(Engine.load(small_fish, device="cpu", precision="fp32", max_batch=1), monkeypatch)
+    words = Sampling(max_new_tokens=10)
+    started = time.perf_counter()
+    first = asyncio.create_task(fish.ask("hi", words))
+    second = asyncio.create_task(fish.ask("hi", words))
+    beginning = (await first).first_word
+    ended = time.perf_counter() - started
+    assert 0.010 < beginning < ended - 0.040, "two thoughts before it, nine words behind it"
+    assert beginning + 0.045 < (await second).first_word < time.perf_counter() - started - 0.040
+    await fish.aclose()
+
+
 async def test_a_cancelled_reply_frees_its_slot(small_fish: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     narrow = Engine.load(small_fish, device="cpu", precision="fp32", max_batch=1, max_waiting=1)
     long_winded(narrow, monkeypatch)

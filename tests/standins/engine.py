@@ -32,6 +32,7 @@ class Completion:
     text: str
     prompt_cut: bool
     tokens: int
+    first_word: float
 
 
 @dataclass(eq=False)
@@ -39,6 +40,8 @@ class _Reply:
     prompt: str = field(repr=False)
     steps_left: int
     done: asyncio.Future[Completion]
+    asked: float
+    first_word: float | None = None
 
 
 class StandInEngine:
@@ -58,7 +61,8 @@ class StandInEngine:
             os.kill(os.getpid(), signal.SIGKILL)
         if "(raise)" in prompt:
             raise ValueError(f"this engine cannot read {prompt!r}")
-        reply = _Reply(prompt, self._tokens, asyncio.get_running_loop().create_future())
+        loop = asyncio.get_running_loop()
+        reply = _Reply(prompt, self._tokens, loop.create_future(), loop.time())
         self._waiting.append(reply)
         if self._loop is None or self._loop.done():
             self._loop = asyncio.create_task(self._work())
@@ -81,10 +85,13 @@ class StandInEngine:
                 await asyncio.Event().wait()
             self.steps += 1
             for reply in self._running:
+                if reply.first_word is None:
+                    reply.first_word = clock() - reply.asked
                 reply.steps_left -= 1
                 if reply.steps_left <= 0 and not reply.done.done():
                     text = f"blub. {reply.prompt[: self._window]}"
-                    reply.done.set_result(Completion(text, len(reply.prompt) > self._window, self._tokens))
+                    cut = len(reply.prompt) > self._window
+                    reply.done.set_result(Completion(text, cut, self._tokens, reply.first_word))
             self._running = [reply for reply in self._running if not reply.done.done()]
 
 

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from bot import worker
+from bot.local import Engine
 from bot.queue import GROUP, REQUESTS, WORKERS
 from bot.settings import Settings
 from tests.standins.engine import StandInEngine
@@ -44,7 +45,7 @@ class Process:
 
 
 @asynccontextmanager
-async def working(settings: Settings, engine: worker.Engine | None = None) -> AsyncIterator[worker.Engine]:
+async def working(settings: Settings, engine: Engine | None = None) -> AsyncIterator[Engine]:
     """A worker in this process."""
     engine = engine or StandInEngine()
     stop = asyncio.Event()
