@@ -5,6 +5,7 @@ Of bot, only this module and the worker know guppylm; importing it costs nothing
 """
 
 import asyncio
+import secrets
 import time
 from typing import Protocol
 
@@ -34,7 +35,7 @@ class Engine(Protocol):
     def steps(self) -> int: ...
     @property
     def running(self) -> int: ...
-    async def ask(self, prompt: str, /) -> Completion: ...
+    async def ask(self, prompt: str, /, *, seed: int) -> Completion: ...
     async def aclose(self) -> None: ...
 
 
@@ -57,11 +58,15 @@ async def load(settings: Settings) -> Engine:
         raise Refusal(str(error), ExitCode.MODEL) from None
 
 
-async def think(engine: Engine, prompt: str) -> Completion:
-    """Ask `engine`, and count what an operator wants to know of it."""
+async def think(engine: Engine, prompt: str, id: str) -> Completion:
+    """Ask `engine`, and count what an operator wants to know of it.
+
+    The question's random id (hexadecimal) is also the seed of its reply: whoever answers it, here or through the queue,
+    a second worker after the first one died, says the same (with the same weights and precision).
+    """
     started = time.perf_counter()
     with metrics.IN_HAND.track_inprogress():
-        completion = await engine.ask(prompt)
+        completion = await engine.ask(prompt, seed=int(id, 16))
     metrics.FIRST_WORD.observe(completion.first_word)
     metrics.INFER_SECONDS.observe(time.perf_counter() - started)
     metrics.TOKENS.inc(completion.tokens)
@@ -80,14 +85,15 @@ class LocalFish:
         """As `Fish.ask`."""
         from guppylm.engine import EngineBusy
 
+        id = secrets.token_hex(16)
         try:
             async with asyncio.timeout(self._deadline):
-                completion = await think(self._engine, prompt)
+                completion = await think(self._engine, prompt, id)
         except TimeoutError:
             raise Asleep from None
         except EngineBusy:
             raise Busy from None
         except Exception as error:  # the person gets a line, the operator the place; the other chats go on
-            log.error("failed", exc_info=error)
+            log.error("failed", id=id, exc_info=error)
             raise Confused from None
         return Reply(completion.text, completion.prompt_cut)

@@ -226,6 +226,9 @@ class _Question:
     reply: asyncio.Future[Reply]
 
 
+_HALF_CHARACTERS = re.compile("[\ud800-\udfff]")
+
+
 class QueuedFish:
     """The fish at the far end of the queue: any number of questions at once over two connections.
 
@@ -267,7 +270,7 @@ class QueuedFish:
         started = time.monotonic()
         question = _Question(
             secrets.token_hex(16),
-            prompt.encode("utf-8", "replace"),
+            _HALF_CHARACTERS.sub("\ufffd", prompt).encode(),  # as the fish hears them
             started + self._deadline,
             asyncio.get_running_loop().create_future(),
         )

@@ -134,7 +134,7 @@ class _Worker:
         try:
             self._thinking += 1
             try:
-                completion = await think(self._engine, request.prompt)
+                completion = await think(self._engine, request.prompt, request.id)
             finally:
                 self._thinking -= 1
             seconds = time.perf_counter() - started

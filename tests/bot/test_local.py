@@ -60,7 +60,7 @@ async def test_an_engine_that_fails_is_confused() -> None:
 
 async def test_a_full_engine_is_busy() -> None:
     class Full(StandInEngine):
-        async def ask(self, prompt: str) -> Any:
+        async def ask(self, prompt: str, *, seed: int) -> Any:
             raise EngineBusy
 
     with pytest.raises(Busy):

@@ -1,16 +1,22 @@
 """A worker feeds its engine as questions come, takes what it can run, and says how it is doing: `bot/worker.py`."""
 
 import asyncio
+import secrets
 import time
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from bot.fish import Fish, Reply
+from bot.local import LocalFish, load
 from bot.queue import REQUESTS, QueuedFish
 from bot.settings import Settings
 from tests.bot.conftest import StartWorker
 from tests.standins.engine import StandInEngine
-from tests.standins.processes import awake, in_hand, scrape, until, working
+from tests.standins.processes import Process, awake, in_hand, scrape, until, working
 from tests.standins.redis_server import RedisServer, free_port
 
 
@@ -88,3 +94,38 @@ async def test_a_worker_counts_what_an_operator_asks_for(
     assert now["guppy_queue_depth",] == now["guppy_queue_age_seconds",] == now["guppy_in_hand",] == 0
     assert now["guppy_workers",] == 1
     assert not any("person" in str(name) or "chat" in str(name) for name in now)
+
+
+@pytest.fixture
+def worker(redis_server: RedisServer, tmp_path: Path) -> Iterator[Process]:
+    """The worker that ships, with the fish that ships."""
+    process = Process(["-m", "bot", "worker"], tmp_path / "worker", {"GUPPY_REDIS_URL": redis_server.url})
+    yield process
+    process.process.kill()
+    process.process.wait()
+
+
+@pytest.mark.usefixtures("worker")
+async def test_the_same_question_has_the_same_reply_here_and_through_the_queue(
+    settings: Settings, redis_server: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its id, which only the asking end knows, decides it: the fish in this process and that in the worker agree."""
+    prompts = ["are you hungry", "hi", "", "🐟", "what is a \ud83d", "tell me a story about my aunt " * 40] * 4
+    ids = [secrets.token_hex(16) for _ in prompts]
+
+    async def replies(fish: Fish) -> list[Reply]:
+        given = iter(ids)
+        with monkeypatch.context() as patched:
+            patched.setattr(secrets, "token_hex", lambda _: next(given))
+            return await asyncio.gather(*(fish.ask(prompt) for prompt in prompts))
+
+    await awake(redis_server)
+    async with QueuedFish(settings) as queued:
+        through_the_queue = await replies(queued)
+    engine = await load(settings)
+    try:
+        here = await replies(LocalFish(engine, settings))
+    finally:
+        await engine.aclose()
+    assert here == through_the_queue
+    assert len({reply.text for reply in here}) > len(set(prompts)), "the same prompt with another id has another reply"

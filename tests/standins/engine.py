@@ -56,7 +56,7 @@ class StandInEngine:
     def running(self) -> int:
         return len(self._running)
 
-    async def ask(self, prompt: str) -> Completion:
+    async def ask(self, prompt: str, *, seed: int) -> Completion:
         if "(die)" in prompt:
             os.kill(os.getpid(), signal.SIGKILL)
         if "(raise)" in prompt:
