@@ -16,7 +16,6 @@ import itertools
 import multiprocessing
 import os
 import random
-import resource
 import tempfile
 import time
 from collections import Counter
@@ -34,7 +33,7 @@ from bot.limits import Limiter, RedisLimiter, Verdict
 from bot.link import Link
 from bot.queue import QueuedFish
 from bot.settings import Settings
-from tests.standins.processes import Process, awake, until
+from tests.standins.processes import Process, awake, megabytes, until
 from tests.standins.redis_server import RedisServer
 
 
@@ -69,11 +68,6 @@ def percentiles(seconds: list[float]) -> str:
     return ", ".join(
         f"p{p} {1000 * ordered[min(len(ordered) - 1, len(ordered) * p // 100)]:.1f} ms" for p in (50, 95, 99)
     )
-
-
-def megabytes(pid: int) -> float:
-    """The resident memory of a process (Linux)."""
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
 
 
 def processor_seconds(redis: RedisServer) -> float:

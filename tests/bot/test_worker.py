@@ -16,7 +16,7 @@ from bot.queue import REQUESTS, QueuedFish
 from bot.settings import Settings
 from tests.bot.conftest import StartWorker
 from tests.standins.engine import StandInEngine
-from tests.standins.processes import Process, awake, in_hand, scrape, until, working
+from tests.standins.processes import Process, awake, in_hand, megabytes, scrape, until, working
 from tests.standins.redis_server import RedisServer, free_port
 
 
@@ -129,3 +129,21 @@ async def test_the_same_question_has_the_same_reply_here_and_through_the_queue(
         await engine.aclose()
     assert here == through_the_queue
     assert len({reply.text for reply in here}) > len(set(prompts)), "the same prompt with another id has another reply"
+
+
+async def test_a_worker_needs_600_megabytes_and_no_more_after_thousands_of_replies(
+    settings: Settings, redis_server: RedisServer, worker: Process
+) -> None:
+    await awake(redis_server)
+    async with QueuedFish(settings) as fish:
+
+        async def ask(prompt: str, times: int) -> None:
+            for _ in range(times):
+                await fish.ask(prompt)
+
+        await asyncio.gather(*(ask("tell me a story about my aunt " * 10, 10) for _ in range(32)))
+        after_hundreds = megabytes(worker.process.pid)
+        await asyncio.gather(*(ask("hi", 60) for _ in range(32)))
+        after_thousands = megabytes(worker.process.pid)
+    assert after_thousands < 600
+    assert after_thousands - after_hundreds < 10, "100,000 more would not fit either"
