@@ -14,6 +14,7 @@ import time
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
+import hiredis
 from redis import exceptions
 from redis.asyncio.connection import AbstractConnection, ConnectionPool
 from redis.asyncio.retry import Retry
@@ -165,7 +166,8 @@ class Link:
             async with asyncio.timeout(TIMEOUT):
                 if not connection.is_connected:
                     await connection.connect()  # type: ignore[no-untyped-call]
-                await connection.send_packed_command(connection.pack_commands(commands), check_health=False)
+                packed = b"".join(map(hiredis.pack_command, commands))  # type: ignore[arg-type]  # its stub says one
+                await connection.send_packed_command(packed, check_health=False)
                 answers = [await self._answer(connection) for _ in commands]
         except (exceptions.RedisError, OSError) as error:
             await connection.disconnect(nowait=True)
