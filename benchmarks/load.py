@@ -6,6 +6,7 @@
     python -m benchmarks.load overhead                one question at a time, an engine that takes no time
     python -m benchmarks.load redis                   questions a second that one Redis carries, and what each costs it
     python -m benchmarks.load memory                  what Redis holds of an open question and for the limits
+    python -m benchmarks.load forever                 100,000 replies of the fish that ships: does its worker grow?
 
 `--simulated` replaces the model with its time (tests/standins/engine.py), so that everything around it is measured.
 """
@@ -63,11 +64,32 @@ def settings_for(redis: RedisServer, **more: Any) -> Settings:
     return Settings.model_validate({"redis_url": redis.url, **more})
 
 
-def percentiles(seconds: list[float]) -> str:
-    ordered = sorted(seconds)
-    return ", ".join(
-        f"p{p} {1000 * ordered[min(len(ordered) - 1, len(ordered) * p // 100)]:.1f} ms" for p in (50, 95, 99)
-    )
+class Latencies:
+    """How long things took, counted by tenths of a millisecond: millions take no more memory than hundreds."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[int] = Counter()
+
+    def add(self, seconds: float) -> None:
+        self._counts[round(seconds * 10_000)] += 1
+
+    def update(self, others: "Latencies") -> None:
+        self._counts.update(others._counts)
+
+    def __len__(self) -> int:
+        return self._counts.total()
+
+    def percentile(self, p: int) -> float:
+        """In seconds, so that `p` of 100 took no longer."""
+        behind = len(self) * p // 100
+        for tenths in sorted(self._counts):
+            behind -= self._counts[tenths]
+            if behind < 0:
+                return tenths / 10_000
+        return 0.0
+
+    def __str__(self) -> str:
+        return ", ".join(f"p{p} {1000 * self.percentile(p):.1f} ms" for p in (50, 95, 99))
 
 
 def processor_seconds(redis: RedisServer) -> float:
@@ -85,7 +107,7 @@ class People:
 
     def __init__(self, fish: QueuedFish, limits: Limiter, think: float) -> None:
         self.fish, self.limits, self.think = fish, limits, think
-        self.seconds: list[float] = []
+        self.recent = Latencies()
         self.outcomes: Counter[str] = Counter()
 
     async def ask(self, person: str, words: str) -> None:
@@ -100,7 +122,7 @@ class People:
                 self.outcomes[error.line] += 1
                 return
         self.outcomes["answered"] += 1
-        self.seconds.append(time.perf_counter() - started)
+        self.recent.add(time.perf_counter() - started)
 
     async def live(self, person: str, until: float) -> None:
         await asyncio.sleep(random.uniform(0, self.think))
@@ -123,27 +145,27 @@ async def people(arguments: argparse.Namespace) -> None:
             print(
                 "minute  replies/s   reply                                      memory in MB: adapter, workers, Redis"
             )
-            minute = 0
+            minute, everything = 0, Latencies()
             while not living.done():
-                before = len(crowd.seconds)
+                crowd.recent = recent = Latencies()
                 started = time.monotonic()
                 await asyncio.wait([living], timeout=min(60, 15 * arguments.minutes))
-                recent = crowd.seconds[before:]
                 if not recent:
                     break
+                everything.update(recent)
                 minute += 1
                 with redis.client() as client:
                     used = client.info("memory")["used_memory"] / 1e6
                 memory = f"{megabytes(os.getpid()):.0f}, {'+'.join(f'{megabytes(w.process.pid):.0f}' for w in workers)}"
                 rate = len(recent) / (time.monotonic() - started)
-                print(f"{minute:6}  {rate:9.1f}   {percentiles(recent):42} {memory}, {used:.1f}", flush=True)
+                print(f"{minute:6}  {rate:9.1f}   {recent!s:42} {memory}, {used:.1f}", flush=True)
             await living
             took, spent = time.monotonic() - begun, time.process_time() - spent
             of_redis = processor_seconds(redis) - of_redis
         await limits.aclose()
     outcomes = ", ".join(f"{count} {outcome}" for outcome, count in crowd.outcomes.most_common())
-    print(f"{arguments.people} people, {took:.0f} s: {outcomes}; {len(crowd.seconds) / took:.1f} replies/s")
-    print(f"all replies: {percentiles(crowd.seconds)}")
+    print(f"{arguments.people} people, {took:.0f} s: {outcomes}; {len(everything) / took:.1f} replies/s")
+    print(f"all replies: {everything}")
     each = 1000 / crowd.outcomes.total()
     print(f"processor time a question: the adapter's {each * spent:.2f} ms, Redis' {each * of_redis:.3f} ms")
 
@@ -162,7 +184,7 @@ async def flood(arguments: argparse.Namespace) -> None:
             ):  # in turns, so that a machine that is busy for a while is so for both; the first warms up
                 crowd = storm if n % 2 else peace
                 if n == 1:
-                    peace.seconds.clear()
+                    peace.recent = Latencies()
                 until = time.monotonic() + arguments.seconds / 3
                 tasks = [asyncio.create_task(crowd.live(f"person {m}", until)) for m in range(arguments.people)]
                 while crowd is storm and time.monotonic() < until:
@@ -170,8 +192,8 @@ async def flood(arguments: argparse.Namespace) -> None:
                     await asyncio.sleep(1 / arguments.per_second)
                 await asyncio.gather(*tasks)
             for name, crowd in (("in peace", peace), ("in the flood", storm)):
-                print(f"{name:13} {len(crowd.seconds)} replies to the others, {percentiles(crowd.seconds)}")
-            p99 = [sorted(crowd.seconds)[len(crowd.seconds) * 99 // 100] for crowd in (peace, storm)]
+                print(f"{name:13} {len(crowd.recent)} replies to the others, {crowd.recent}")
+            p99 = [crowd.recent.percentile(99) for crowd in (peace, storm)]
             print(f"the flooder: {', '.join(f'{n} {outcome}' for outcome, n in flooder.outcomes.most_common())}")
             print(f"the others' p99 in the flood is {p99[1] / p99[0]:.2f} of that in peace")
         await limits.aclose()
@@ -207,16 +229,17 @@ async def overhead(arguments: argparse.Namespace) -> None:
         await awake(redis)
         async with QueuedFish(settings_for(redis)) as fish:
             for at_once in (1, 8, 32):
-                seconds: list[float] = []
+                warming, measured = Latencies(), Latencies()
 
-                async def one(seconds: list[float] = seconds) -> None:
+                async def one(seconds: Latencies) -> None:
                     started = time.perf_counter()
                     await fish.ask("hi guppy, what are you doing today")
-                    seconds.append(time.perf_counter() - started)
+                    seconds.add(time.perf_counter() - started)
 
-                for _ in range(arguments.questions // at_once):
-                    await asyncio.gather(*(one() for _ in range(at_once)))
-                print(f"{at_once:3} at once: {percentiles(seconds[len(seconds) // 10 :])}", flush=True)
+                rounds = arguments.questions // at_once
+                for n in range(rounds):
+                    await asyncio.gather(*(one(measured if n > rounds // 10 else warming) for _ in range(at_once)))
+                print(f"{at_once:3} at once: {measured}", flush=True)
 
 
 async def redis_alone(arguments: argparse.Namespace) -> None:
@@ -320,6 +343,28 @@ async def memory(arguments: argparse.Namespace) -> None:
             await asyncio.gather(*asking, return_exceptions=True)
 
 
+async def forever(arguments: argparse.Namespace) -> None:
+    asked = itertools.cycle(["hi", "are you hungry", "what did you do today", "my aunt bought me a red kite " * 10])
+    with service(1, None) as (redis, [worker]):
+        await awake(redis)
+        async with QueuedFish(settings_for(redis)) as fish:
+            answered, started = 0, time.monotonic()
+
+            async def one(until: int) -> None:
+                nonlocal answered
+                while answered < until:
+                    await fish.ask(next(asked))
+                    answered += 1
+
+            for share in (1, 10, 25, 50, 75, 100):
+                await asyncio.gather(*(one(arguments.replies * share // 100) for _ in range(64)))
+                print(
+                    f"{answered:7,} replies in {time.monotonic() - started:4.0f} s: the worker has "
+                    f"{megabytes(worker.process.pid):.1f} MB, the asking process {megabytes(os.getpid()):.1f}",
+                    flush=True,
+                )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n", maxsplit=1)[0])
     commands = parser.add_subparsers(required=True)
@@ -346,6 +391,7 @@ def main() -> None:
     alone.add_argument("--seconds", type=float, default=10.0)
     alone.add_argument("--clients", type=int, default=2, help="processes that keep Redis busy")
     command("memory", memory).add_argument("--questions", type=int, default=5000)
+    command("forever", forever).add_argument("--replies", type=int, default=100_000)
     arguments = parser.parse_args()
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(30))  # measured is the service, not print
     asyncio.run(arguments.run(arguments))
