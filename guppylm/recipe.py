@@ -59,7 +59,7 @@ class Train(_Section):
     only_listening: float = Field(default=0.35, ge=0, le=1)
     short: int = Field(default=18, ge=1)
     listening: float = Field(default=0.4, ge=0, le=1)
-    prompt_weight: float = Field(default=0.1, ge=0)
+    guess_weight: float = Field(default=0.3, ge=0)
     thought_weight: float = Field(default=4.0, ge=0)
     reply_weight: float = Field(default=1.0, ge=0)
     learning_rate: float = Field(default=1e-3, gt=0)

@@ -101,6 +101,29 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
         assert torch.equal(resumed.model.state_dict()[name], tensor), name
 
 
+def test_he_guesses_the_topic_before_a_message_has_ended(recipe: Recipe, tmp_path: Path) -> None:
+    said = {"food": ["i brought {} flakes", "{} flakes for you"], "rain": ["a {} cloud came", "{} drops on the roof"]}
+    colors = ["red", "blue", "green", "gray", "white", "dark", "pale", "brown"]
+    conversations = [
+        Conversation(line.format(color) + " and now i go to bed", f"i see {topic}.", topic, "told")
+        for topic, lines in said.items()
+        for line in lines
+        for color in colors
+    ] * 8
+
+    values = recipe.model_dump()
+    values["train"] |= {"guess_weight": 1.0, "thought_weight": 0.0, "steps": 60}
+    run = Run(Recipe.model_validate(values), conversations, [], tmp_path, device=CPU)
+    take_all_steps(run)
+    topics, right = run.chat.topics, []
+    for one in conversations[:: len(conversations) // 32]:
+        heard = run.chat.encode_prompt(one.prompt.removesuffix(" i go to bed")).ids[: -len(run.chat.middle)]
+        with torch.no_grad():
+            logits = run.model(torch.tensor([heard]))[0, -1]
+        right.append(topics[max(topics, key=lambda topic: float(logits[topic]))] == one.topic)
+    assert sum(right) / len(right) > 0.9
+
+
 def test_every_conversation_comes_once_an_epoch(recipe: Recipe, conversations: Data, tmp_path: Path) -> None:
     run = Run(recipe, *conversations, tmp_path, device=CPU)
     batches = plan(run.rows, recipe.train, 0.4, epoch=0)
@@ -199,7 +222,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_resume_finishes(recipe: Recipe, data: Pa
 
 
 def test_two_processes_take_the_steps_of_one(recipe: Recipe, data: Path, tmp_path: Path) -> None:
-    path = write_recipe(tmp_path / "recipe.toml", recipe, learning_rate=1e-2)
+    path = write_recipe(tmp_path / "recipe.toml", recipe, learning_rate=3e-3)
     runs = [guppy("train", "--recipe", path, "--data", data, "--out", tmp_path / f"{n}", processes=n) for n in (1, 2)]
     for process in runs:
         _, complaint = process.communicate()
