@@ -19,7 +19,6 @@ Several processes (`torchrun`) share each batch; together they take the steps th
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
@@ -284,17 +283,6 @@ def best_device() -> torch.device:
     return torch.device("cpu")
 
 
-def keep_memory() -> None:
-    """Have the C library keep the memory that a step gives back: the next step wants as much, and the system would
-    hand it out again page by page, zeroed. A fifth of the time of a speaking step on a CPU. Where there is no
-    `mallopt` (only glibc has it), nothing happens."""
-    mallopt = getattr(ctypes.CDLL(None) if os.name == "posix" else None, "mallopt", None)
-    if mallopt:
-        mallopt(-4, 0)  # M_MMAP_MAX: no block is mapped on its own
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is given back below 2 GiB
-        mallopt(-2, 2**28)  # M_TOP_PAD: the heap grows by 256 MiB
-
-
 def _autocast(device: torch.device) -> Any:
     """bf16 where the hardware multiplies it fast: master weights, logits and loss stay fp32."""
     if device.type == "cuda" or (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
@@ -323,7 +311,6 @@ class Run:
         device: torch.device | None = None,
     ) -> None:
         check_folder(out)
-        keep_memory()
         if not train:
             raise TrainError("There are no conversations to learn from.")
         self.recipe, self.out, self.device = recipe, out, device or best_device()
