@@ -111,8 +111,8 @@ saw "redis: Guppy's user may do nothing else" "$(grep -c NOPERM "$work/acl") of 
 
 # --- load, and what may happen
 begin discord 20
-dc up -d --wait --wait-timeout 180 --scale worker=3 worker >/dev/null 2>&1
-saw "--scale worker=3 under load" "$(dc ps -q worker | wc -l) workers" [ "$(dc ps -q worker | wc -l)" = 3 ]
+dc up -d --wait --wait-timeout 180 --scale worker=4 worker >/dev/null 2>&1
+saw "--scale worker=4 under load" "$(dc ps -q worker | wc -l) workers" [ "$(dc ps -q worker | wc -l)" = 4 ]
 wait $!
 saw "  the questions of that time" "$(counts "$(cat "$work/load")")" all_once "$(cat "$work/load")"
 

@@ -268,7 +268,7 @@ def _print_report(report: dict[str, Any]) -> None:
 @app.command()
 def train(
     recipe: Annotated[
-        str, typer.Option(help="A recipe of training/recipes (guppy, quick, tiny) or a .toml file.")
+        str, typer.Option(help="A recipe of training/recipes (guppy, quick, tiny, finetune) or a .toml file.")
     ] = "quick",
     data: Annotated[
         Path | None,
@@ -293,7 +293,7 @@ def train(
 def _train(recipe: Recipe, folder: Path | None, out: Path, resume: bool) -> None:
     from guppylm import checkpoint
     from guppylm.card import model_card
-    from guppylm.train import CHECKPOINT, Run, check_folder, distributed, precision_line
+    from guppylm.train import CHECKPOINT, Run, check_folder, distributed, find_start, precision_line
 
     with distributed() as rank:
 
@@ -304,6 +304,8 @@ def _train(recipe: Recipe, folder: Path | None, out: Path, resume: bool) -> None
         check_folder(out)
         if not resume and (out / CHECKPOINT).exists():
             give_up(f"{out} holds a run already. Go on with it (--resume), or choose another --out.", 2)
+        if not resume and (start := find_start(recipe)):
+            say(f"start      with what {start.path} has learnt")
         conversations, held_out = _conversations(recipe, folder)
         say(f"data       {len(conversations):,} conversations, {len(held_out):,} held out by wording")
         run = Run(recipe, conversations, held_out, out, resume=resume)

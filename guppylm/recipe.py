@@ -51,9 +51,11 @@ class Shape(_Section):
 
 
 class Train(_Section):
-    """The loop. Shares are of the steps, weights are of the loss."""
+    """The loop. Shares are of the steps, weights are of the loss. `start_from`: the model whose weights to begin with;
+    without one, from nothing."""
 
     seed: int = 1
+    start_from: str | None = None
     steps: int = Field(ge=1)
     batch_tokens: int = Field(default=2048, ge=128)
     only_listening: float = Field(default=0.35, ge=0, le=1)

@@ -40,6 +40,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn import functional as F
 
+from guppylm import checkpoint
+from guppylm.checkpoint import Checkpoint, ModelError
 from guppylm.conversation import IM_END, ChatFormat
 from guppylm.datagen.dataset import Conversation
 from guppylm.model import GuppyLM, ModelConfig
@@ -262,6 +264,50 @@ def make_chat(
         raise TrainError(f"tokenizer.{error}") from None
 
 
+def find_start(recipe: Recipe) -> Checkpoint | None:
+    """The fish that the recipe starts from, if any. Raises TrainError when it can't be used."""
+    if recipe.train.start_from is None:
+        return None
+    try:
+        start = checkpoint.load(recipe.train.start_from)
+    except ModelError as error:
+        raise TrainError(f"train.start_from: {error}") from None
+    for name, size in recipe.model.model_dump(exclude={"hidden_dropout_prob"}).items():
+        if (has := getattr(start.model.config, name)) != size:
+            raise TrainError(
+                f"train.start_from: {start.path} has {name} {has}, the recipe {size}. Give model.{name} his size, "
+                "or start from nothing."
+            )
+    return start
+
+
+@torch.no_grad()
+def take_over(model: GuppyLM, chat: ChatFormat, start: Checkpoint) -> None:
+    """Copy what another fish of the same shape has learnt. Their tokens may differ: one that both have keeps its
+    embedding, a word that is new gets the mean of the tokens it was written with before, and a new thought the mean of
+    those it stands among (all topics; its topic's intents)."""
+    elder = start.format
+    intents = {topic: list(elder.intents[number]) for number, topic in elder.topics.items()}
+    near = {}
+    for number, topic in chat.topics.items():
+        near[number] = list(elder.topics)
+        for intent in chat.intents[number]:
+            near[intent] = intents.get(topic, list(chain(*intents.values())))
+    state = start.model.state_dict()
+    known, embedding = elder.tokenizer.get_vocab(), state["tok_emb.weight"]
+    state["tok_emb.weight"] = state["lm_head.weight"] = mine = model.tok_emb.weight.clone()
+    for token, number in chat.tokenizer.get_vocab().items():
+        if token in known:
+            like = [known[token]]
+        elif number in near:
+            like = near[number]
+        else:
+            like = elder.encode_text(chat.decode([number]))
+        if like:  # a fish without thoughts has none to begin with
+            mine[number] = embedding[like].mean(0)
+    model.load_state_dict(state)
+
+
 def check_folder(out: Path) -> None:
     """Find out before the long work whether the run folder can be written and has room. Raises TrainError."""
     try:
@@ -316,6 +362,7 @@ class Run:
         self.recipe, self.out, self.device = recipe, out, device or best_device()
         self.rank, self.world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         self.saved = self._read_checkpoint() if resume else None
+        start = None if self.saved else find_start(recipe)
         if self.saved:
             self.tokenizer = Tokenizer.from_str(self.saved["tokenizer"])
             thoughts = self.saved["thoughts"]
@@ -327,7 +374,10 @@ class Run:
         self.rows = Rows(train, self.chat, self.device)
         self.examined = Rows(held_out, self.chat, self.device)
         torch.manual_seed(recipe.train.seed)
-        self.model = GuppyLM(self.config).to(self.device)
+        self.model = GuppyLM(self.config)
+        if start:
+            take_over(self.model, self.chat, start)
+        self.model.to(self.device)
         self.optimizer = make_optimizer(self.model, recipe.train)
         self.step = 0
         if self.saved:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from guppylm import checkpoint
 from guppylm import train as training
 from guppylm.datagen.dataset import Conversation, compose, write_jsonl
 from guppylm.datagen.grammar import Character
+from guppylm.evaluate import losses
 from guppylm.recipe import Recipe
 from guppylm.train import CHECKPOINT, LOG, Rows, Run, TrainError, check_folder, learning_rate, plan
 
@@ -50,7 +52,8 @@ def write_recipe(path: Path, recipe: Recipe, **train: Any) -> Path:
     values["train"] |= train
     path.write_text(
         "".join(
-            f"[{name}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in of.items()) for name, of in values.items()
+            f"[{name}]\n" + "".join(f"{k} = {json.dumps(v)}\n" for k, v in of.items() if v is not None)
+            for name, of in values.items()
         )
     )
     return path
@@ -122,6 +125,59 @@ def test_he_guesses_the_topic_before_a_message_has_ended(recipe: Recipe, tmp_pat
             logits = run.model(torch.tensor([heard]))[0, -1]
         right.append(topics[max(topics, key=lambda topic: float(logits[topic]))] == one.topic)
     assert sum(right) / len(right) > 0.9
+
+
+def starting_from(recipe: Recipe, start: Path | str) -> Recipe:
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"start_from": str(start)})})
+
+
+def test_started_from_another_fish_he_speaks_as_well_from_the_first_step(
+    recipe: Recipe, conversations: Data, small_fish: Path, tmp_path: Path
+) -> None:
+    fresh = Run(recipe, *conversations, tmp_path / "fresh", device=CPU)
+    run = Run(starting_from(recipe, small_fish), *conversations, tmp_path / "run", device=CPU)
+    loaded = checkpoint.load(small_fish)
+    from_nothing, begun, known = (
+        losses(model, chat, conversations[1])["reply, nats a token"]
+        for model, chat in ((fresh.model, fresh.chat), (run.model, run.chat), (loaded.model, loaded.format))
+    )
+    assert begun == pytest.approx(known, abs=1e-3)
+    assert known < from_nothing - 0.2
+    assert run.model.lm_head.weight is run.model.tok_emb.weight
+
+
+def test_new_thoughts_and_words_begin_like_those_he_knows(
+    recipe: Recipe, conversations: Data, small_fish: Path, tmp_path: Path
+) -> None:
+    train, held_out = conversations
+    topic = train[0].topic
+    new = [
+        replace(train[0], topic="moon", intent="full", reply="the zyzzyva is round."),
+        replace(train[1], topic=topic, intent="zyzzyva", reply="the zyzzyva is round."),
+    ] * 50
+    run = Run(starting_from(recipe, small_fish), [*train, *new], held_out, tmp_path, device=CPU)
+    old = checkpoint.load(small_fish)
+    embedding, numbers = old.model.tok_emb.weight, old.format
+
+    def learnt(*tokens: int) -> torch.Tensor:
+        return embedding[list(tokens)].mean(0)
+
+    now = {token: run.model.tok_emb.weight[number] for token, number in run.tokenizer.get_vocab().items()}
+    intents = numbers.intents[numbers.encode_thought(topic, train[0].intent)[0]]
+    torch.testing.assert_close(now["<|moon|>"], learnt(*numbers.topics))
+    torch.testing.assert_close(now["<|moon.full|>"], learnt(*(i for some in numbers.intents.values() for i in some)))
+    torch.testing.assert_close(now[f"<|{topic}.zyzzyva|>"], learnt(*intents))
+    torch.testing.assert_close(now["Ġzyzzyva"], learnt(*numbers.encode_text(" zyzzyva")))
+    assert len(numbers.encode_text(" zyzzyva")) > 1
+
+
+def test_a_start_that_cannot_be_used_is_named(
+    recipe: Recipe, conversations: Data, small_fish: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(TrainError, match=r"train\.start_from: There is no model 'nemo'"):
+        Run(starting_from(recipe, "nemo"), *conversations, tmp_path, device=CPU)
+    with pytest.raises(TrainError, match="has hidden_size 384, the recipe"):
+        Run(starting_from(recipe, "guppy-9m"), *conversations, tmp_path, device=CPU)
 
 
 def test_every_conversation_comes_once_an_epoch(recipe: Recipe, conversations: Data, tmp_path: Path) -> None:
@@ -241,6 +297,7 @@ def test_two_processes_take_the_steps_of_one(recipe: Recipe, data: Path, tmp_pat
         (["--data", "nowhere"], "nowhere/train.jsonl is missing. Compose it with: guppy data --out nowhere"),
         (["--set", "train.speed=3"], "train.speed"),
         (["--set", "data.character=shark"], "There is no character 'shark'"),
+        (["--set", "train.start_from=nemo"], "train.start_from: There is no model 'nemo'"),
         (["--resume"], "There is no run to resume"),
     ],
 )
