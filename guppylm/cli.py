@@ -337,7 +337,7 @@ def _conversations(recipe: Recipe, folder: Path | None) -> tuple[list[Any], list
     try:
         if folder is None:
             character = load_character(recipe.data.character)
-            return dataset.compose(character, recipe.data.conversations, recipe.data.seed, recipe.data.replies)
+            return dataset.compose(character, recipe.data.conversations, recipe.data.seed)
         return dataset.read_jsonl(folder / "train.jsonl"), dataset.read_jsonl(folder / "held_out.jsonl")
     except CharacterError as error:
         give_up(str(error))

@@ -20,12 +20,11 @@ class _Section(BaseModel):
 
 
 class Data(_Section):
-    """Which conversations to compose. `replies`: how many replies of each intent to use; without it, all."""
+    """Which conversations to compose."""
 
     character: str = "guppy"
     conversations: int = Field(default=60_000, ge=100)
     seed: int = 1
-    replies: int | None = Field(default=None, ge=1)
 
 
 class TokenizerSize(_Section):

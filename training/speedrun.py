@@ -189,7 +189,7 @@ def main() -> None:
 
     recipe = load_recipe(arguments.recipe)
     character = load_character(recipe.data.character)
-    train, held_out = compose(character, recipe.data.conversations, recipe.data.seed, recipe.data.replies)
+    train, held_out = compose(character, recipe.data.conversations, recipe.data.seed)
     held_out = held_out[:EXAMINED]
     console.print(f"{len(train):,} conversations, {torch.get_num_threads()} threads")
 

@@ -62,13 +62,12 @@ class Deck(Generic[Card]):
 
 
 class Composer:
-    """Composes conversations of a character. `examine=True` composes from held-out wordings only. With `replies`, only
-    so many of each intent's replies are used, the first ones, and no asides: whoever has less to say learns it sooner.
+    """Composes conversations of a character. `examine=True` composes from held-out wordings only.
 
-    An endless source: the same arguments always give the same sequence.
+    An endless source: the same character and seed always give the same sequence.
     """
 
-    def __init__(self, character: Character, seed: int, *, examine: bool = False, replies: int | None = None) -> None:
+    def __init__(self, character: Character, seed: int, *, examine: bool = False) -> None:
         self._character, self._examine = character, examine
         self._rng = random.Random(f"{character.name}/{seed}/{'examine' if examine else 'train'}")
         self._phrasings = {
@@ -77,14 +76,12 @@ class Composer:
             if (lines := self._wordings(topic))
         }
         self._replies = {
-            (topic.name, intent.name): Deck(intent.replies[:replies], self._rng)
+            (topic.name, intent.name): Deck(intent.replies, self._rng)
             for topic in character.topics.values()
             for intent in topic.intents.values()
         }
         self._asides = {
-            topic.name: Deck(topic.asides, self._rng)
-            for topic in character.topics.values()
-            if topic.asides and replies is None
+            topic.name: Deck(topic.asides, self._rng) for topic in character.topics.values() if topic.asides
         }
         self._topics = list(self._phrasings)
         self._weights = [WEIGHTS.get(topic, 1.0) for topic in self._topics]
@@ -134,17 +131,13 @@ def normalised(prompt: str) -> str:
     return " ".join(re.findall(r"[^\W_]+(?:'[^\W_]+)?", prompt.lower().replace("’", "'")))
 
 
-def compose(
-    character: Character, count: int, seed: int, replies: int | None = None
-) -> tuple[list[Conversation], list[Conversation]]:
-    """(training, held-out) conversations, `count` in all, one in twenty of them held out; at most `replies` replies an
-    intent.
+def compose(character: Character, count: int, seed: int) -> tuple[list[Conversation], list[Conversation]]:
+    """(training, held-out) conversations, `count` in all, one in twenty of them held out.
 
     A held-out prompt that a training prompt happens to equal is composed again, so the overlap is zero.
     """
     examined = count // 20
-    train_stream = iter(Composer(character, seed, replies=replies))
-    held_out_stream = iter(Composer(character, seed, examine=True, replies=replies))
+    train_stream, held_out_stream = iter(Composer(character, seed)), iter(Composer(character, seed, examine=True))
     train = [next(train_stream) for _ in range(count - examined)]
     known = {normalised(conversation.prompt) for conversation in train}
     fresh = (conversation for conversation in held_out_stream if normalised(conversation.prompt) not in known)

@@ -72,14 +72,6 @@ def test_same_seed_same_bytes(small_character: Character, tmp_path: Path) -> Non
     assert (tmp_path / "a").read_bytes() != (tmp_path / "c").read_bytes()
 
 
-def test_with_less_to_say_he_says_the_first_replies_and_hears_as_much(small_character: Character) -> None:
-    train, held_out = compose(small_character, 400, 1, replies=1)
-    whole, _ = compose(small_character, 400, 1)
-    assert {c.reply for c in [*train, *held_out] if c.intent == "hungry"} == {"yes. i am always hungry."}
-    assert any(c.reply.endswith("a crumb would be nice.") for c in whole)
-    assert {c.wording for c in train} == {c.wording for c in whole}
-
-
 def test_rows_are_read_back_and_a_bad_one_is_named(small_character: Character, tmp_path: Path) -> None:
     path = tmp_path / "train.jsonl"
     conversations = list(islice(iter(Composer(small_character, 1)), 50))
