@@ -24,7 +24,7 @@ from guppylm.datagen.habits import as_typed
 from guppylm.datagen.lint import LONGEST_REPLY, style_fault
 
 # What a fish can't know is most of the world, and small talk comes next: they get more room than one topic.
-WEIGHTS = {"confused": 4.0, "misc": 3.0}
+WEIGHTS = {"confused": 6.0, "misc": 3.0}
 ASIDE_SHARE = 0.35
 RAMBLING_SHARE = 0.08  # two or three sentences of one intent
 LONG_SHARE = 0.015  # so long that all positions are trained
