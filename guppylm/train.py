@@ -250,12 +250,15 @@ def topics_heard(model: GuppyLM, rows: Rows, chat: ChatFormat, most: int = 400) 
 
 
 def make_chat(
-    train: list[Conversation], held_out: list[Conversation], recipe: Recipe
+    train: list[Conversation], held_out: list[Conversation], recipe: Recipe, start: Checkpoint | None
 ) -> tuple[Tokenizer, dict[str, list[str]]]:
-    """The tokenizer of the training conversations, and the thoughts of all."""
+    """The tokenizer of the training conversations, and the thoughts of all. A fish to start from that has these
+    thoughts keeps his own: other tokens would cost him some of what he knows."""
     thoughts: dict[str, list[str]] = {}
     for topic, intent in sorted({(c.topic, c.intent) for c in [*train, *held_out]}):
         thoughts.setdefault(topic, []).append(intent)
+    if start and all(set(intents) <= set(start.format.thoughts.get(topic, [])) for topic, intents in thoughts.items()):
+        return start.format.tokenizer, start.format.thoughts
     prompts = (c.prompt for c in train)
     replies = (c.reply for c in train)
     try:
@@ -367,7 +370,7 @@ class Run:
             self.tokenizer = Tokenizer.from_str(self.saved["tokenizer"])
             thoughts = self.saved["thoughts"]
         else:
-            self.tokenizer, thoughts = make_chat(train, held_out, recipe)
+            self.tokenizer, thoughts = make_chat(train, held_out, recipe, start)
         shape = recipe.model.model_dump()
         self.config = ModelConfig(vocab_size=self.tokenizer.get_vocab_size(), thoughts=thoughts, **shape)
         self.chat = ChatFormat(self.tokenizer, self.config.max_position_embeddings, thoughts)

@@ -146,6 +146,16 @@ def test_started_from_another_fish_he_speaks_as_well_from_the_first_step(
     assert run.model.lm_head.weight is run.model.tok_emb.weight
 
 
+def test_with_thoughts_he_has_he_keeps_his_tokens(
+    recipe: Recipe, conversations: Data, small_fish: Path, tmp_path: Path
+) -> None:
+    hungry = [replace(c, reply="the zyzzyva is round.") for c in conversations[0] if c.intent == "hungry"]
+    run = Run(starting_from(recipe, small_fish), hungry, [], tmp_path, device=CPU)
+    elder = checkpoint.load(small_fish).format
+    assert run.tokenizer.get_vocab() == elder.tokenizer.get_vocab()
+    assert run.config.thoughts == elder.thoughts
+
+
 def test_new_thoughts_and_words_begin_like_those_he_knows(
     recipe: Recipe, conversations: Data, small_fish: Path, tmp_path: Path
 ) -> None:
