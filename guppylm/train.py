@@ -291,11 +291,10 @@ def take_over(model: GuppyLM, chat: ChatFormat, start: Checkpoint) -> None:
     those it stands among (all topics; its topic's intents)."""
     elder = start.format
     intents = {topic: list(elder.intents[number]) for number, topic in elder.topics.items()}
-    near = {}
+    topics, all_intents = list(elder.topics), list(chain(*intents.values()))
+    near = dict.fromkeys(chat.topics, topics)
     for number, topic in chat.topics.items():
-        near[number] = list(elder.topics)
-        for intent in chat.intents[number]:
-            near[intent] = intents.get(topic, list(chain(*intents.values())))
+        near |= dict.fromkeys(chat.intents[number], intents.get(topic, all_intents))
     state = start.model.state_dict()
     known, embedding = elder.tokenizer.get_vocab(), state["tok_emb.weight"]
     state["tok_emb.weight"] = state["lm_head.weight"] = mine = model.tok_emb.weight.clone()
