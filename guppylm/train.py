@@ -1,6 +1,6 @@
 """The training loop: conversations in, a model folder out.
 
-    data set -> token rows -> batches of similar length -> loss -> AdamW -> a model folder
+    data set -> token rows -> batches of similar length -> loss -> Muon and AdamW -> a model folder
 
 Three things differ from the textbook, and all are about what is shown to the model, not about the model:
 
@@ -45,6 +45,7 @@ from guppylm.checkpoint import Checkpoint, ModelError
 from guppylm.conversation import IM_END, ChatFormat
 from guppylm.datagen.dataset import Conversation
 from guppylm.model import GuppyLM, ModelConfig
+from guppylm.muon import Muon
 from guppylm.recipe import Recipe, Train
 from guppylm.tokenizer import train_tokenizer
 
@@ -205,30 +206,31 @@ class Losses(nn.Module):
         return torch.cat(losses)
 
 
-def learning_rate(step: int, recipe: Train) -> float:
-    """Warm up, stay, fall to zero (a trapezoid). `step` counts from 0."""
+def schedule(step: int, recipe: Train) -> float:
+    """The share of the full rates at a step: warm up, stay, fall to zero (a trapezoid). `step` counts from 0."""
     warmup, decay = recipe.warmup * recipe.steps, recipe.decay * recipe.steps
     rise = (step + 1) / warmup if warmup else 1.0
     fall = (recipe.steps - step) / decay if decay else 1.0
-    return recipe.learning_rate * min(1.0, rise, fall)
+    return min(1.0, rise, fall)
 
 
-def make_optimizer(model: GuppyLM, recipe: Train) -> torch.optim.AdamW:
-    """AdamW; only matrices decay, not biases, norms or embeddings. Embeddings have a rate of their own: most words
-    are rare, and each of their few appearances has to count."""
+def make_optimizers(model: GuppyLM, recipe: Train) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers (muon.py), AdamW for the rest: embeddings, norms, biases."""
     named = dict(model.named_parameters())
-    embeddings = ["tok_emb.weight"]
     matrices = [name for name, p in named.items() if p.dim() == 2 and "emb" not in name]
-    rest = [name for name in named if name not in matrices and name not in embeddings]
-    groups = [
-        {"params": [named[name] for name in names], "weight_decay": decay, "share_of_rate": share}
-        for names, decay, share in (
-            (matrices, recipe.weight_decay, 1.0),
-            (rest, 0.0, 1.0),
-            (embeddings, 0.0, recipe.embedding_rate),
-        )
+    rest = [p for name, p in named.items() if name not in matrices]
+    return [
+        Muon(
+            [named[name] for name in matrices],
+            lr=recipe.matrix_rate,
+            momentum=recipe.momentum,
+            weight_decay=recipe.weight_decay,
+            dtype=torch.bfloat16 if _has_bf16(model.tok_emb.weight.device) else torch.float32,
+        ),
+        torch.optim.AdamW(
+            rest, lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2), weight_decay=0.0, fused=True
+        ),
     ]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(recipe.beta1, recipe.beta2), fused=True)
 
 
 @torch.no_grad()
@@ -331,16 +333,19 @@ def best_device() -> torch.device:
     return torch.device("cpu")
 
 
+def _has_bf16(device: torch.device) -> bool:
+    """Whether the hardware multiplies bf16 fast."""
+    return device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def _autocast(device: torch.device) -> Any:
-    """bf16 where the hardware multiplies it fast: master weights, logits and loss stay fp32."""
-    if device.type == "cuda" or (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()):
-        return torch.autocast(device.type, torch.bfloat16)
-    return nullcontext()
+    """bf16 where the hardware has it: master weights, logits and loss stay fp32."""
+    return torch.autocast(device.type, torch.bfloat16) if _has_bf16(device) else nullcontext()
 
 
 def precision_line(device: torch.device) -> str:
     """One line that says in which precision a run computes, and why."""
-    if isinstance(_autocast(device), nullcontext):
+    if not _has_bf16(device):
         return "fp32: this processor has no bf16 arithmetic (AMX or AVX512-BF16), so a run takes about twice as long."
     return f"bf16 on {device.type}, weights in fp32."
 
@@ -380,11 +385,13 @@ class Run:
         if start:
             take_over(self.model, self.chat, start)
         self.model.to(self.device)
-        self.optimizer = make_optimizer(self.model, recipe.train)
+        self.optimizers = make_optimizers(self.model, recipe.train)
+        self.full_rates = [optimizer.defaults["lr"] for optimizer in self.optimizers]
         self.step = 0
         if self.saved:
             self.model.load_state_dict(self.saved["model"])
-            self.optimizer.load_state_dict(self.saved["optimizer"])
+            for optimizer, state in zip(self.optimizers, self.saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
             torch.set_rng_state(self.saved["rng"])
             self.step = self.saved["step"]
 
@@ -413,7 +420,7 @@ class Run:
         state = {
             "step": self.step,
             "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "rng": torch.get_rng_state(),
             "tokenizer": self.tokenizer.to_str(),
             "thoughts": self.config.thoughts,
@@ -456,16 +463,17 @@ class Run:
             for batch in self._batches():
                 if self.step >= recipe.steps or self._any(stop.asked):
                     break
-                rate = learning_rate(self.step, recipe)
-                for group in self.optimizer.param_groups:
-                    group["lr"] = rate * group["share_of_rate"]
+                share_of_rate = schedule(self.step, recipe)
+                for optimizer, full_rate in zip(self.optimizers, self.full_rates, strict=True):
+                    optimizer.param_groups[0]["lr"] = share_of_rate * full_rate
                 with _autocast(self.device):
                     loss = batch_loss(wrapped, self.rows, batch, recipe, share)
                 # DistributedDataParallel averages gradients; the shares are parts of one sum.
                 (loss * self.world).backward()  # type: ignore[no-untyped-call]
                 norm = nn.utils.clip_grad_norm_(self.model.parameters(), recipe.clip)
-                self.optimizer.step()
-                self.optimizer.zero_grad(set_to_none=True)
+                for optimizer in self.optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
                 self.step += 1
                 tokens += len(batch.rows) * batch.positions
                 running += loss.detach()
@@ -482,7 +490,8 @@ class Run:
                 if not math.isfinite(mean):
                     raise TrainError(
                         f"The loss is no number any more at step {self.step}. The last checkpoint is from before; "
-                        f"lower train.learning_rate (now {recipe.learning_rate:g}) and start again."
+                        f"lower train.learning_rate (now {recipe.learning_rate:g}) or train.matrix_rate (now "
+                        f"{recipe.matrix_rate:g}) and start again."
                     )
                 seconds = time.monotonic() - begun
                 heard = None
@@ -492,7 +501,7 @@ class Run:
                     line = {
                         "step": self.step,
                         "loss": mean,
-                        "rate": rate,
+                        "rate": share_of_rate * recipe.learning_rate,
                         "norm": norm.item(),
                         "tokens_per_second": tokens / seconds,
                     }

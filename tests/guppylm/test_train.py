@@ -21,7 +21,7 @@ from guppylm.datagen.dataset import Conversation, compose, write_jsonl
 from guppylm.datagen.grammar import Character
 from guppylm.evaluate import losses
 from guppylm.recipe import Recipe
-from guppylm.train import CHECKPOINT, LOG, Rows, Run, TrainError, check_folder, learning_rate, plan
+from guppylm.train import CHECKPOINT, LOG, Rows, Run, TrainError, check_folder, plan, schedule
 
 CPU = torch.device("cpu")
 
@@ -89,11 +89,11 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
     def rate(step: int, of: Any) -> float:
         if step == stop_at:
             signal.raise_signal(signal.SIGINT)
-        return learning_rate(step, of)
+        return schedule(step, of)
 
     begun = Run(recipe, *conversations, tmp_path / "begun", device=CPU)
     with monkeypatch.context() as patch:
-        patch.setattr(training, "learning_rate", rate)
+        patch.setattr(training, "schedule", rate)
         take_all_steps(begun)
     assert not begun.finished
     assert begun.step == stop_at + 1
@@ -228,7 +228,9 @@ def test_a_folder_that_cannot_be_written_is_found_before_the_work(tmp_path: Path
 
 def test_a_loss_that_is_no_number_stops_the_run(recipe: Recipe, conversations: Data, tmp_path: Path) -> None:
     wild = Recipe.model_validate(recipe.model_dump() | {"train": {"steps": 20, "learning_rate": 1e30}})
-    with pytest.raises(TrainError, match=r"no number .* lower train\.learning_rate \(now 1e\+30\)"):
+    with pytest.raises(
+        TrainError, match=r"no number .* lower train\.learning_rate \(now 1e\+30\) or train\.matrix_rate"
+    ):
         take_all_steps(Run(wild, *conversations, tmp_path, device=CPU))
     assert not (tmp_path / CHECKPOINT).exists()
 
@@ -253,10 +255,10 @@ def test_a_vocabulary_too_small_is_named(conversations: Data, recipe: Recipe, tm
 
 
 def test_the_rate_rises_stays_and_falls_to_nothing(recipe: Recipe) -> None:
-    rates = [learning_rate(step, recipe.train) for step in range(20)]
-    assert max(rates) == recipe.train.learning_rate
+    rates = [schedule(step, recipe.train) for step in range(20)]
+    assert max(rates) == 1
     assert rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True)
-    assert rates[-1] < 0.11 * recipe.train.learning_rate
+    assert rates[-1] < 0.11
 
 
 def test_ctrl_c_leaves_a_checkpoint_and_resume_finishes(recipe: Recipe, data: Path, tmp_path: Path) -> None:
