@@ -3,7 +3,8 @@
     python training/speedrun.py [--recipe quick] [--minutes 60] [--json FILE]
 
 The textbook: fp32, 32 random rows a step padded to the longest, every token counts, AdamW at 3e-4, dropout 0.1,
-GPT-2's initialisation, no thought before the reply. Ours: `guppy train` with a recipe. The model is the same.
+GPT-2's initialisation, no thought before the reply, and a model of the public GuppyLM's size (Shape's defaults). Ours:
+`guppy train` with a recipe, and a model of the size that the recipe says.
 
 The clock of each stops while it is examined, every `SECONDS_BETWEEN_EXAMS` of training, on held-out wordings:
 
@@ -39,7 +40,7 @@ from guppylm.datagen.dataset import Conversation, compose
 from guppylm.datagen.grammar import Character, load_character
 from guppylm.engine import Engine, Sampling
 from guppylm.model import GuppyLM, ModelConfig
-from guppylm.recipe import Recipe, load_recipe
+from guppylm.recipe import Recipe, Shape, load_recipe
 from guppylm.tokenizer import train_tokenizer
 from guppylm.train import Run
 
@@ -110,7 +111,7 @@ def textbook(conversations: list[Conversation], recipe: Recipe) -> tuple[GuppyLM
     """The textbook's model and loop; each item of the iterator is a step taken."""
     prompts, answers = [c.prompt for c in conversations], [c.reply for c in conversations]
     tokenizer = train_tokenizer(prompts, answers, {}, recipe.tokenizer.vocab_size)
-    shape = recipe.model.model_dump() | {"hidden_dropout_prob": DROPOUT}
+    shape = Shape(hidden_dropout_prob=DROPOUT).model_dump()
     config = ModelConfig(vocab_size=tokenizer.get_vocab_size(), **shape)
     chat = ChatFormat(tokenizer, config.max_position_embeddings)
     torch.manual_seed(recipe.train.seed)
