@@ -27,6 +27,7 @@ import shutil
 import signal
 import tempfile
 import time
+from array import array
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -80,11 +81,15 @@ class Rows:
     begin."""
 
     def __init__(self, conversations: list[Conversation], chat: ChatFormat, device: torch.device) -> None:
-        encoded = [chat.encode(c.prompt, c.reply, c.topic, c.intent) for c in conversations]
+        # Arrays of two bytes a token: as lists, a million conversations would take gigabytes.
+        encoded = [
+            (array("h", tokens), thought, reply)
+            for tokens, thought, reply in (chat.encode(c.prompt, c.reply, c.topic, c.intent) for c in conversations)
+        ]
         longest = max((len(ids) for ids, _, _ in encoded), default=0)
         ids = torch.zeros(len(encoded), longest, dtype=torch.int16)
         for row, (tokens, _, _) in enumerate(encoded):
-            ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int16)
+            ids[row, : len(tokens)] = torch.frombuffer(tokens, dtype=torch.int16)
         self.ids = ids.to(device)
         self.length = torch.tensor([len(ids) for ids, _, _ in encoded])
         self.thought = torch.tensor([thought for _, thought, _ in encoded])
