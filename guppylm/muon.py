@@ -6,14 +6,13 @@ A gradient is mostly a few strong directions: what every conversation has in com
 itself, follows those; what only some conversations teach comes late. Muon makes all directions of an update equally
 long, so that the rare is learnt beside the frequent. In training/LOG.md it needs less than half the conversations.
 
-torch.optim.Muon does the same, one matrix at a time and always in bf16: twice as slow here, and without end on a
-processor that has no bf16 arithmetic.
+torch.optim.Muon takes the same steps, one matrix at a time and always in bf16. Here matrices of one shape go together,
+in the precision that the processor multiplies fast.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -45,25 +44,25 @@ class Muon(torch.optim.Optimizer):
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:  # type: ignore[override]
         """One step along the gradients."""
-        assert closure is None, "Muon takes one step for one gradient"
         for group in self.param_groups:
-            same: dict[torch.Size, list[nn.Parameter]] = {}
+            same: dict[torch.Size, list[tuple[nn.Parameter, Tensor]]] = {}
             for matrix in group["params"]:
                 if matrix.grad is not None:
-                    same.setdefault(matrix.shape, []).append(matrix)
-            for shape, matrices in same.items():
-                # Where the momentum will be after one more gradient like this (Nesterov).
-                ahead = [self._ahead(matrix, group["momentum"]) for matrix in matrices]
-                updates = orthogonalised(torch.stack(ahead), self.dtype)
+                    same.setdefault(matrix.shape, []).append(
+                        (matrix, self._ahead(matrix, matrix.grad, group["momentum"]))
+                    )
+            for shape, some in same.items():
+                updates = orthogonalised(torch.stack([ahead for _, ahead in some]), self.dtype)
                 size = 0.2 * group["lr"] * max(shape) ** 0.5
-                for matrix, update in zip(matrices, updates, strict=True):
+                for (matrix, _), update in zip(some, updates, strict=True):
                     matrix.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-size)
 
-    def _ahead(self, matrix: nn.Parameter, momentum: float) -> Tensor:
-        state: dict[str, Any] = self.state[matrix]
-        assert matrix.grad is not None
-        mean = state.setdefault("momentum", torch.zeros_like(matrix))
-        mean.lerp_(matrix.grad, 1 - momentum)
-        return matrix.grad.lerp(mean, momentum)
+    def _ahead(self, matrix: nn.Parameter, gradient: Tensor, momentum: float) -> Tensor:
+        """Where the mean of the gradients will be after one more like this (Nesterov)."""
+        state = self.state[matrix]
+        if not state:
+            state["momentum"] = torch.zeros_like(matrix)
+        mean: Tensor = state["momentum"].lerp_(gradient, 1 - momentum)
+        return gradient.lerp(mean, momentum)

@@ -2,13 +2,14 @@
 
     data set -> token rows -> batches of similar length -> loss -> Muon and AdamW -> a model folder
 
-Three things differ from the textbook, and all are about what is shown to the model, not about the model:
+Four things differ from the textbook, and none is the model:
 
 - A thought comes before each reply (conversation.py), and its two tokens count more than the others. A small model
   learns to speak long before it learns to listen; the thought makes listening pay from the first step.
 - Guesses: while he is still being spoken to, he guesses the topic after every word. So a word is tied to its topic
   where it stands, instead of only through the one position at the end that has to find it.
 - Listening lessons: a share of the rows ends with the thought. They cost half and teach the harder half.
+- Muon (muon.py) steps the matrices: what is rare is learnt beside what is frequent.
 
 A run is a folder: `checkpoint.pt` (everything needed to go on, written every 30 seconds), `log.jsonl` (a line every
 few steps), and the model folder's own files at the end. Training continued from a checkpoint on a CPU takes the same
@@ -391,7 +392,6 @@ class Run:
             take_over(self.model, self.chat, start)
         self.model.to(self.device)
         self.optimizers = make_optimizers(self.model, recipe.train)
-        self.full_rates = [optimizer.defaults["lr"] for optimizer in self.optimizers]
         self.step = 0
         if self.saved:
             self.model.load_state_dict(self.saved["model"])
@@ -469,8 +469,8 @@ class Run:
                 if self.step >= recipe.steps or self._any(stop.asked):
                     break
                 share_of_rate = schedule(self.step, recipe)
-                for optimizer, full_rate in zip(self.optimizers, self.full_rates, strict=True):
-                    optimizer.param_groups[0]["lr"] = share_of_rate * full_rate
+                for optimizer in self.optimizers:
+                    optimizer.param_groups[0]["lr"] = share_of_rate * optimizer.defaults["lr"]
                 with _autocast(self.device):
                     loss = batch_loss(wrapped, self.rows, batch, recipe, share)
                 # DistributedDataParallel averages gradients; the shares are parts of one sum.
